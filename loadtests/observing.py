@@ -23,7 +23,7 @@ from prometheus_client import generate_latest
 
 from service.http.app import create_app
 from service.http.middleware import Observe
-from service.ipc.control_messages import TO_HUB, Report
+from service.ipc.control_messages import TO_HUB, CountsReport
 from service.ipc.engine_client import Engines
 from service.process import hub_socket
 from service.settings import Settings
@@ -84,7 +84,7 @@ def count(counts: Counts, texts: int = 1, traceparent: str = "") -> None:
 def send_report(counts: Counts, metrics: Metrics) -> None:
     """Count a request, and add the counts to the registry as the hub does 4 times a second."""
     count(counts)
-    received = TO_HUB.decode(msgspec.msgpack.encode(Report(0, counts.take())))
+    received = TO_HUB.decode(msgspec.msgpack.encode(CountsReport(0, counts.take())))
     metrics.add(received.difference)
 
 

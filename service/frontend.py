@@ -162,7 +162,7 @@ def main() -> None:
     """Run the frontend."""
     run_dir, index = Path(sys.argv[1]), int(sys.argv[2])
     usage = int(sys.argv[3])
-    listener, *side_listeners = (socket.socket(fileno=int(word)) for word in sys.argv[4:])
+    listener, *side_listeners = (socket.socket(fileno=fd) for fd in map(int, sys.argv[4:]))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     settings = receive_settings()
     exit_with_parent()

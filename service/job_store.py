@@ -159,6 +159,8 @@ class JobStore:
 
     def __init__(self, state_dir: Path) -> None:
         self.folder = state_dir / "jobs"
+        self._ended: dict[str, Status] = {}
+        """Status by id of each job that is known to have ended; it does not change again."""
 
     def jobs(self) -> list[StoredJob]:
         """Return all jobs, newest first."""
@@ -178,12 +180,13 @@ class JobStore:
 
     def count(self) -> Counter[Status]:
         """Count the jobs by status."""
-        return Counter(job.progress().status for job in self.jobs())
+        unfinished = [status for _, status in self._unfinished()]
+        return Counter([*unfinished, *self._ended.values()])
 
     def next(self) -> StoredJob | None:
         """Return the oldest job that has not ended."""
-        unfinished = (job for job in reversed(self.jobs()) if job.progress().unfinished)
-        return next(unfinished, None)
+        jobs = (job for job, _ in self._unfinished())
+        return min(jobs, key=lambda job: (job.description.created, job.folder), default=None)
 
     def check_room(self, max_jobs: int, max_bytes: int, more: int = 0) -> None:
         """Check that there is room for another job.
@@ -198,7 +201,7 @@ class JobStore:
         """
         if len(self._names(uploads=True)) >= max_jobs:
             raise StoreFullError(
-                f"the server keeps {max_jobs} jobs, the limit; delete a job that has ended"
+                f"the server keeps at most {max_jobs} jobs (max_jobs); delete one that has ended"
             )
         self.check_bytes(max_bytes, more)
 
@@ -210,7 +213,7 @@ class JobStore:
         """
         if self._bytes() + more > max_bytes:
             raise StoreFullError(
-                f"the files of all jobs would take more than {max_bytes} bytes; "
+                f"the files of all jobs would exceed {max_bytes} bytes (max_jobs_bytes); "
                 "delete a job that has ended"
             )
 
@@ -267,6 +270,19 @@ class JobStore:
             os.close(descriptor)
             return None
         return descriptor
+
+    def _unfinished(self) -> list[tuple[StoredJob, Status]]:
+        """Return the jobs that have not ended; the files of the others are read only once."""
+        names = self._names()
+        self._ended = {name: self._ended[name] for name in names if name in self._ended}
+        unfinished: list[tuple[StoredJob, Status]] = []
+        for job in filter(None, map(self.get, [n for n in names if n not in self._ended])):
+            progress = job.progress()
+            if progress.unfinished:
+                unfinished.append((job, progress.status))
+            else:
+                self._ended[job.description.id] = progress.status
+        return unfinished
 
     def _names(self, uploads: bool = False) -> list[str]:
         """Return the names of the jobs' folders, and of uploads if `uploads` is set."""

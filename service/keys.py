@@ -38,7 +38,7 @@ KEY_BYTES = 32
 MAX_KEYS = 256
 """Most keys: each request is compared with all of them, and each has its own metrics."""
 MAX_FILE_BYTES = 2**20
-LOOK_SECONDS = 1.0
+POLL_SECONDS = 1.0
 """Interval at which the key file is checked for changes."""
 
 
@@ -70,6 +70,9 @@ class Key(BaseModel):
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Keys = Annotated[dict[Name, Key], Field(max_length=MAX_KEYS)]
 _KEYS: TypeAdapter[dict[str, Key]] = TypeAdapter(Keys)
+
+
+_NO_LIMITS = Key(sha256="0" * 64)
 
 
 def digest(secret: bytes) -> str:
@@ -173,10 +176,10 @@ class Caller:
         self.scopes = frozenset(scopes)
         self.key = key
         self._usage = usage
-        self._max_requests = None if key is None else key.max_requests
-        self._rate = None if key is None else key.texts_per_second
-        burst = None if key is None else key.burst
-        self._burst = 0.0 if self._rate is None else (burst or max(1.0, self._rate)) / self._rate
+        limits = key or _NO_LIMITS
+        self._max_requests, self._rate = limits.max_requests, limits.texts_per_second
+        rate = self._rate or 1.0
+        self._burst = (limits.burst or max(1.0, rate)) / rate
 
     def begin(self) -> bool:
         """Count a request until `end`; return False if `max_requests` are in flight already."""
@@ -273,7 +276,7 @@ class KeyRing:
     def _refresh(self) -> None:
         """Read the key file again if it has changed."""
         now = self._clock()
-        if self._file is None or now - self._checked < LOOK_SECONDS:
+        if self._file is None or now - self._checked < POLL_SECONDS:
             return
         self._checked = now
         stamp = self._file_stamp()

@@ -45,13 +45,15 @@ ERROR_CODES = {
         "The deadline cannot be met at the present load.",
         "Wait for `Retry-After`, or allow more time with `timeout_ms`.",
     ),  # fmt: skip
-    "draining": ErrorCode((503,), "The server is shutting down.", "Ask another instance."),
+    "draining": ErrorCode(
+        (503,), "The server is shutting down.", "Send the request to another instance."
+    ),
     "engine_down": ErrorCode(
         (503,), "No engine is running; the supervisor restarts it.", "Try again."
     ),
     "engine_failed": ErrorCode(
         (503,),
-        "The engine failed at the request, more than once.",
+        "The engine failed to handle the request.",
         "Try again; the server's log has the cause.",
     ),  # fmt: skip
     "headers_too_large": ErrorCode(
@@ -121,22 +123,22 @@ ERROR_CODES = {
         (503,), "No model is served.", "Load one; `/health` shows what could not be loaded."
     ),
     "no_result": ErrorCode(
-        (409,), "The job has no result: it is not finished, or it failed.", "Read its status."
+        (409,), "The job has no result: it is not finished, or it failed.", "Read `GET /jobs/{id}`."
     ),
     "no_such_quality": ErrorCode(
         (422,), "The model has no such quality level.", "Read its levels in `GET /models/{name}`."
     ),
     "not_acceptable": ErrorCode(
         (406,),
-        "An Arrow stream is asked for, and pyarrow is not installed.",
+        "The request prefers an Arrow stream, but the server lacks pyarrow.",
         "Install the extra `arrow`, or accept JSON.",
     ),  # fmt: skip
     "not_found": ErrorCode((404,), "There is no such route.", "Read `/docs`."),
     "not_ready": ErrorCode((503,), "The server cannot classify yet.", "Wait for `Retry-After`."),
     "not_supported": ErrorCode(
         (501,),
-        "The settings of a server on a cluster change with its deployment.",
-        "Change the deployment.",
+        "A server on a Ray cluster has no jobs, and its settings cannot be reloaded.",
+        "Classify texts with `/classify`; change settings with the deployment.",
     ),  # fmt: skip
     "queue_full": ErrorCode(
         (429,),
@@ -194,7 +196,9 @@ ERROR_CODES = {
         "No such model or version is served or stored; the message lists what is.",
         "Name one of those.",
     ),  # fmt: skip
-    "unknown_service": ErrorCode((404,), "gRPC: there is no such service.", "Name none."),
+    "unknown_service": ErrorCode(
+        (404,), "gRPC: there is no such service.", "Leave its name empty."
+    ),
     "unsupported_media_type": ErrorCode(
         (415,),
         "The content type or compression is not supported.",
@@ -247,9 +251,7 @@ EVENTS = {
     "device lost, engine stopped": (
         "The GPU no longer runs operations of the engine. The supervisor restarts the engine."
     ),
-    "draining": (
-        "The server was told to stop; it answers requests in flight, for at most `seconds`."
-    ),
+    "draining": ("The server was stopped; it answers requests in flight for at most `seconds`."),
     "engine died with a request in flight": (
         "The request is sent once more, to another engine or to the restarted one."
     ),
@@ -273,16 +275,16 @@ EVENTS = {
     ),
     "item failed": "One text of a batch could not be classified; the others were.",
     "key limited by each frontend alone: too many key names": (
-        "The table of shared limits is full; this key may ask for more in total."
+        "The table of shared limits is full; each frontend applies the limits of this key alone."
     ),
     "keys not reloaded": "The key file is invalid; the keys before it stay valid.",
     "keys reloaded": "The key file has changed and was read.",
-    "message handling failed": "A process could not handle one message; the sender is told.",
+    "message handling failed": "A process could not handle a message; its sender gets an error.",
     "model catalog not applied": "A frontend could not apply a change of models; it tries again.",
     "model change failed": (
         "Loading, unloading or rolling out failed unexpectedly; everything is as it was."
     ),
-    "model load failed": "An engine failed unexpectedly at loading a checkpoint.",
+    "model load failed": "An engine failed unexpectedly while it loaded a checkpoint.",
     "model load timed out": "An engine did not load a checkpoint in time; it serves what it has.",
     "model loaded": "An engine has loaded and warmed a version.",
     "model not loaded": "An engine that started cannot load a version that is to be served.",
@@ -304,7 +306,7 @@ EVENTS = {
     "process down": (
         "A process ended or could not be started; it is started again after `restart_in` seconds."
     ),
-    "process killed: did not end in time": "The process was told to end, but did not.",
+    "process killed: did not end in time": "The process did not end in time after SIGTERM.",
     "process killed: not responding": (
         "The process sent nothing for `hang_seconds`; it is started again."
     ),
@@ -317,7 +319,7 @@ EVENTS = {
     "replica ended with a request in flight": "On a cluster: the request is sent once more.",
     "replica failed": "On a cluster: a replica answered with an error.",
     "request": (
-        "One request was answered: route, status, outcome, milliseconds, key, client. Never its "
+        "A request was answered: route, status, outcome, milliseconds, key, client. Never its "
         "texts."
     ),
     "roll-out ended": "It was promoted, rolled back, or stopped by itself; `reason` says why.",

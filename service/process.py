@@ -96,7 +96,7 @@ def exit_with_parent() -> None:
 
 
 async def on_silence(
-    last_words: Callable[[], Mapping[_T, float]], limit: float, act: Callable[[_T], None]
+    last_messages: Callable[[], Mapping[_T, float]], limit: float, act: Callable[[_T], None]
 ) -> None:
     """Call `act` for each peer that has been silent for too long, until cancelled.
 
@@ -114,8 +114,8 @@ async def on_silence(
         now = time.monotonic()
         if now - before > 2 * WATCH_SECONDS:
             resumed = now
-        for peer, heard in last_words().items():
-            if now - max(heard, resumed) > limit:
+        for peer, last_seen in last_messages().items():
+            if now - max(last_seen, resumed) > limit:
                 act(peer)
 
 

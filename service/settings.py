@@ -42,10 +42,11 @@ from budgetformer.inference.precision import Precision
 from budgetformer.subprocesses import python_command
 from service.environment import PREFIX, has_prefix, service_variables
 from service.keys import ADMIN, Key, KeyRing, Keys, digest
+from service.scheduling.brownout import NORMAL
 from service.source_urls import split_url
 
 CONFIG_FILE = "config"
-DEFAULT_QUALITY: QualityName = "balanced"
+DEFAULT_QUALITY = NORMAL
 """Level of `auto` requests while there is no overload."""
 GPU_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 """Device files of GPU drivers; without any of them there is no GPU."""

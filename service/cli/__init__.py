@@ -19,7 +19,7 @@ from service.cli.keys import keys_app
 from service.cli.models import models_app
 from service.cli.serve import SettingsCommand, doctor, serve
 from service.cli.simulation import simulate
-from service.cli.terminal import FAILED, USAGE, JsonOption, say
+from service.cli.terminal import FAILED, USAGE, JsonOption, print_error
 from service.cli.timing import bench_app, tune
 from service.cli.training import calibrate, evaluate, import_encoder, recalibrate, train
 from service.settings import SettingsError
@@ -77,9 +77,9 @@ def main() -> None:
         app()
     except UnicodeEncodeError as error:
         # Paths are passed to libraries and other processes as UTF-8.
-        say(f"budgetformer: {readable(error.object)}: a name that is not UTF-8; rename it")
+        print_error(f"budgetformer: {readable(error.object)}: a name that is not UTF-8; rename it")
         raise SystemExit(FAILED) from None
     except BudgetFormerError as error:
-        say(f"budgetformer: {error}")
+        print_error(f"budgetformer: {error}")
         invalid_usage = isinstance(error, (SettingsError, PolicyError, TracingError))
         raise SystemExit(USAGE if invalid_usage else FAILED) from None

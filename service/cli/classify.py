@@ -34,7 +34,15 @@ from budgetformer.cores import usable_cores
 from budgetformer.errors import PolicyError
 from budgetformer.inference.policy import QUALITY_NAMES
 from budgetformer.tables import Row, TableFile, lines_of, open_table
-from service.cli.terminal import JsonOption, ModelOption, StoreOption, err, out, resolve, say
+from service.cli.terminal import (
+    JsonOption,
+    ModelOption,
+    StoreOption,
+    err,
+    out,
+    print_error,
+    resolve,
+)
 
 
 def classify(
@@ -82,7 +90,7 @@ def classify(
         return
     check_output(output)
     if resume and Journal.is_finished(output):
-        say(f"{output}: is complete already, nothing is left to do")
+        print_error(f"{output}: is complete already, nothing is left to do")
         return
     began = time.monotonic()
     with Journal(output, checkpoint, level, heads, resume) as journal, _progress(rows) as track:

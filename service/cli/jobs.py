@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 
 from budgetformer.errors import BudgetFormerError
-from service.cli.terminal import FAILED, JsonOption, err, out, say
+from service.cli.terminal import FAILED, JsonOption, err, out, print_error
 
 if TYPE_CHECKING:
     from budgetformer.client import Client
@@ -147,7 +147,7 @@ def _save(client: Client, job: str, output: Path) -> None:
 
 def _complain(job: dict[str, Any]) -> None:
     if job["status"] == "failed":
-        say(f"budgetformer: the job failed: {job['error']}")
+        print_error(f"budgetformer: the job failed: {job['error']}")
         raise typer.Exit(FAILED)
 
 

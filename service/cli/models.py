@@ -14,11 +14,11 @@ from budgetformer.errors import CheckpointError
 from service.cli.terminal import (
     JsonOption,
     StoreOption,
-    complain,
     complete_model,
     err,
     note,
     out,
+    print_errors,
     resolve,
 )
 
@@ -45,7 +45,7 @@ def list_models(
                 sizes = f"{c.num_layers} x {c.num_heads}"
                 table.add_row(c.name, str(c.version), str(len(c.manifest.labels)), sizes, levels)
         out.print(table)
-    complain(store.errors)
+    print_errors(store.errors)
 
 
 ModelArgument = Annotated[
@@ -92,7 +92,7 @@ def verify_models(
                 out.print(f"{checkpoint.label}: {files} files match the manifest", soft_wrap=True)
     if as_json:
         out.print_json(data={"sound": sound, "problems": problems})
-    complain(problems)
+    print_errors(problems)
 
 
 @models_app.command("add")

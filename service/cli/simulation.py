@@ -16,7 +16,7 @@ from budgetformer.cost.table import CostTable, read_tables
 from budgetformer.errors import DataError, PolicyError
 from budgetformer.inference.policy import QUALITY_NAMES
 from service.cli.serve import read_serve_settings
-from service.cli.terminal import FAILED, JsonOption, ModelOption, out, resolve, say
+from service.cli.terminal import FAILED, JsonOption, ModelOption, out, print_error, resolve
 from service.settings import Settings, SettingsError
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def simulate(
     else:
         plan = servers_needed(fleet, load, goals, seed)
     if plan.run is None:
-        say("budgetformer: no number of such servers meets these goals")
+        print_error("budgetformer: no number of such servers meets these goals")
         raise typer.Exit(FAILED)
     if plot is not None:
         from service.simulation.plots import draw_run

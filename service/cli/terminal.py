@@ -18,7 +18,7 @@ FAILED, USAGE = 1, 2
 """Exit codes of a failed command, and of invalid usage or settings."""
 
 
-def say(problem: str) -> None:
+def print_error(problem: str) -> None:
     """Print an error on one line of any length."""
     err.print(problem, style="red", markup=False, highlight=False, soft_wrap=True)
 
@@ -28,10 +28,10 @@ def note(event: str) -> None:
     err.print(event, markup=False, highlight=False, soft_wrap=True)
 
 
-def complain(problems: list[str]) -> None:
+def print_errors(problems: list[str]) -> None:
     """Print errors and, if there are any, exit with the code of a failure."""
     for problem in problems:
-        say(problem)
+        print_error(problem)
     if problems:
         raise typer.Exit(FAILED)
 

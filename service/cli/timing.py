@@ -13,7 +13,7 @@ from budgetformer.checkpoint.store import Checkpoint
 from budgetformer.cost.table import SERVER_FILE, read_tables
 from budgetformer.errors import DataError
 from budgetformer.inference.precision import Precision
-from service.cli.terminal import JsonOption, ModelOption, StoreOption, complain, out, resolve
+from service.cli.terminal import JsonOption, ModelOption, StoreOption, out, print_errors, resolve
 from service.process import keep_large_blocks
 
 DataOption = Annotated[
@@ -199,7 +199,7 @@ def bench_gpu(
     from budgetformer.bench.gpu import bench_gpu as run
 
     if device == "cuda" and not torch.cuda.is_available():
-        complain(["torch finds no GPU; use --device cpu for a dry run"])
+        print_errors(["torch finds no GPU; use --device cpu for a dry run"])
     texts = None
     if data is not None:
         from budgetformer.tables import read_texts

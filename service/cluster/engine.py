@@ -16,7 +16,7 @@ from service.background import Background
 from service.cluster.stream import Caller
 from service.engine.requests import Reply
 from service.engine.server import EngineServer, core_of
-from service.ipc.connection import RECONNECT_SECONDS, attend
+from service.ipc.connection import RECONNECT_SECONDS, serve_streams
 from service.ipc.engine_client import ModelKey
 from service.ipc.engine_messages import (
     TO_ENGINE,
@@ -143,7 +143,7 @@ class EngineReplica:
     async def _stay_connected(self, caller: Caller) -> None:
         while True:
             with contextlib.suppress(ConnectionError):
-                await attend(await caller(), self._server.serve_connection, "hub")
+                await serve_streams(await caller(), self._server.serve_connection, "hub")
             await asyncio.sleep(RECONNECT_SECONDS)
 
     # Models: the hub decides which to load. If `Pool.models` is lower, others load on request

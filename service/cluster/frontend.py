@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 
 from service.background import is_cancelled
-from service.cluster.hub import FleetSeen
+from service.cluster.hub import FleetState
 from service.cluster.pools import through_pools
 from service.cluster.stream import Caller
 from service.http.app import create_app
@@ -47,7 +46,7 @@ ATTEMPTS = 4
 """Tries per request. When a host dies, several of its replicas may be chosen before Ray notices."""
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode_fleet = msgspec.msgpack.Decoder(FleetSeen).decode
+_decode_fleet = msgspec.msgpack.Decoder(FleetState).decode
 
 
 @dataclass(frozen=True)
@@ -98,10 +97,10 @@ class PooledEngines(Engines):
         if (submission.model, submission.version) not in self._wanted:
             raise NotLoadedError
         return await through_pools(
-            self._ask, [pool.pool.computes for pool in self._pools], submission
+            self._request, [pool.pool.computes for pool in self._pools], submission
         )
 
-    async def _ask(self, index: int, submission: Submission) -> Answers:
+    async def _request(self, index: int, submission: Submission) -> Answers:
         pool = self._pools[index]
         model = f"{submission.model}:{submission.version}"
         for attempt in range(1, ATTEMPTS + 1):
@@ -137,19 +136,8 @@ class PooledEngines(Engines):
             except Exception as error:  # Ray raises many types of errors if the hub is down
                 log.warning("engine list not received from the hub", reason=type(error).__name__)
             else:
-                now = time.monotonic()
                 self._wanted = fleet.wanted
-                self.clients = [
-                    EngineClient.seen(
-                        engine.index,
-                        engine.hello,
-                        now - engine.silent_seconds,
-                        engine.models,
-                        engine.items,
-                        engine.level,
-                    )  # fmt: skip
-                    for engine in fleet.engines
-                ]
+                self.clients = list(map(EngineClient.from_state, fleet.engines))
             await asyncio.sleep(POLL_SECONDS)
 
 

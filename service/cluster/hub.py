@@ -2,51 +2,28 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
 
 import msgspec
 
-from budgetformer.inference.policy import QualityName
 from service.background import Background, run_forever
 from service.cluster.stream import Switchboard
 from service.control.catalog import Catalog
 from service.control.hub import Hub
 from service.control.mirror import copy_at_start, mirror_of
 from service.control.poll import StorePoll
-from service.ipc.connection import Streams, attend
-from service.ipc.engine_client import ModelKey
-from service.ipc.engine_messages import Hello, ModelInfo
+from service.ipc.connection import Streams, serve_streams
+from service.ipc.engine_client import EngineState, ModelKey
 from service.settings import Settings
 from service.telemetry.logs import configure_logs
 
 
-class EngineSeen(msgspec.Struct, frozen=True, array_like=True):
-    """State of an engine as the hub knows it.
-
-    Attributes:
-        index: index of the engine.
-        hello: first message of the engine.
-        silent_seconds: time since its last message.
-        models: loaded models.
-        items: number of unanswered items.
-        level: quality level in force.
-    """
-
-    index: int
-    hello: Hello
-    silent_seconds: float
-    models: list[ModelInfo]
-    items: int
-    level: QualityName
-
-
-class FleetSeen(msgspec.Struct, frozen=True, array_like=True):
+class FleetState(msgspec.Struct, frozen=True, array_like=True):
     """All engines, and the models that each must load at once or on request."""
 
-    engines: list[EngineSeen]
+    engines: list[EngineState]
     wanted: list[ModelKey]
 
 
@@ -83,21 +60,11 @@ class HubReplica:
         self._switchboard.feed(name, data)
 
     async def fleet(self) -> bytes:
-        """Return an encoded `FleetSeen`."""
-        now, watch = time.monotonic(), self._hub.watch
-        engines = [
-            EngineSeen(
-                client.index,
-                client.hello,
-                now - client.heard,
-                list(client.models.values()),
-                watch.in_flight(client.index),
-                client.level,
-            )
-            for client in self._hub.fleet.clients
-            if client.hello is not None
-        ]
-        return msgspec.msgpack.encode(FleetSeen(engines, list(self._hub.fleet.wanted)))
+        """Return an encoded `FleetState`."""
+        hub = self._hub
+        states = [client.state(hub.watch.in_flight(client.index)) for client in hub.fleet.clients]
+        engines = [state for state in states if state is not None]
+        return msgspec.msgpack.encode(FleetState(engines, list(hub.fleet.wanted)))
 
     async def _frontend(self, streams: Streams) -> None:
-        await attend(streams, self._hub.serve_frontend, "hub")
+        await serve_streams(streams, self._hub.serve_frontend, "hub")

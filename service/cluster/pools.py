@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from service.ipc.answers import Answers
 from service.ipc.engine_client import Submission
 
-Ask = Callable[[int, Submission], Awaitable[Answers]]
+PoolCall = Callable[[int, Submission], Coroutine[Any, Any, Answers]]
 """Have the pool with this index answer a submission."""
 
 
 async def through_pools(
-    ask: Ask, computes: Sequence[Callable[[int], bool]], submission: Submission
+    call: PoolCall, computes: Sequence[Callable[[int], bool]], submission: Submission
 ) -> Answers:
     """Answer a submission: each item in the first pool that computes its step.
 
@@ -26,22 +27,22 @@ async def through_pools(
     a later pool.
 
     Args:
-        ask: see `Ask`.
+        call: see `PoolCall`.
         computes: for each pool, whether it computes a ladder step; the last one computes all.
         submission: texts to classify.
 
     Raises:
-        BaseException: the error of `ask`; the calls to other pools are cancelled.
+        BaseException: the error of `call`; the calls to other pools are cancelled.
     """
 
     def pool_of(step: int) -> int:
         return next(index for index, able in enumerate(computes) if able(step))
 
     if submission.decided is None:
-        answers = await ask(pool_of(submission.heads or 0), submission)
+        answers = await call(pool_of(submission.heads or 0), submission)
     else:
-        answers = await _ask_each(
-            ask, list(map(pool_of, submission.decided.steps.tolist())), submission
+        answers = await _call_pools(
+            call, list(map(pool_of, submission.decided.steps.tolist())), submission
         )
     while len(unfinished := np.flatnonzero(answers.next_step)):
         places, steps = unfinished.tolist(), answers.next_step[unfinished]
@@ -52,16 +53,16 @@ async def through_pools(
         else:
             rest = replace(rest, decided=replace(rest.decided, steps=steps))
         # One call to one pool: few items are left after their first pool.
-        later = await ask(pool_of(int(steps.max())), rest)
+        later = await call(pool_of(int(steps.max())), rest)
         answers = answers.with_later(places, later)
     return answers
 
 
-async def _ask_each(ask: Ask, pools: Sequence[int], submission: Submission) -> Answers:
-    """Ask several pools for their texts at the same time, and merge their answers.
+async def _call_pools(call: PoolCall, pools: Sequence[int], submission: Submission) -> Answers:
+    """Call several pools with their texts at the same time, and merge their answers.
 
     Args:
-        ask: see `Ask`.
+        call: see `PoolCall`.
         pools: index of the pool of each text.
         submission: texts to classify.
     """
@@ -69,16 +70,15 @@ async def _ask_each(ask: Ask, pools: Sequence[int], submission: Submission) -> A
     for place, pool in enumerate(pools):
         places[pool].append(place)
     if len(places) == 1:
-        return await ask(pools[0], submission)
+        return await call(pools[0], submission)
     try:
         async with asyncio.TaskGroup() as group:
-            asked = [
-                group.create_task(_answer(ask, pool, submission.part(own)))
-                for pool, own in places.items()
+            tasks = [
+                group.create_task(call(pool, submission.part(own))) for pool, own in places.items()
             ]
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
-    parts = [task.result() for task in asked]
+    parts = [task.result() for task in tasks]
     answers = Answers.none(parts[0], len(pools))
     for own, part in zip(places.values(), parts, strict=True):
         answers = answers.with_later(own, part)
@@ -89,7 +89,3 @@ async def _ask_each(ask: Ask, pools: Sequence[int], submission: Submission) -> A
         queue_seconds=slowest.queue_seconds,
         compute_seconds=slowest.compute_seconds,
     )
-
-
-async def _answer(ask: Ask, pool: int, submission: Submission) -> Answers:
-    return await ask(pool, submission)

@@ -151,25 +151,25 @@ class Switchboard:
     def __init__(self, serve: dict[str, Callable[[Streams], Awaitable[None]]]) -> None:
         self._serve = serve
         self._open: dict[str, Streams] = {}
-        self._heard: dict[str, float] = {}
+        self._last_seen: dict[str, float] = {}
 
     async def attach(self, kind: str, name: str) -> AsyncIterator[bytes]:
         """Serve a new stream, and yield the chunks that are sent to its client."""
         # While the queue is full, `put` waits; after `CALL_SECONDS` the stream is closed.
         chunks: asyncio.Queue[bytes] = asyncio.Queue(MAX_CHUNKS)
         reader, writer = _streams(chunks.put, 0.0)
-        self._open[name], self._heard[name] = (reader, writer), time.monotonic()
+        self._open[name], self._last_seen[name] = (reader, writer), time.monotonic()
         serving = asyncio.ensure_future(self._serve[kind]((reader, writer)))
         try:
             yield b""
-            while not serving.done() and time.monotonic() - self._heard[name] < SILENCE_SECONDS:
+            while not serving.done() and time.monotonic() - self._last_seen[name] < SILENCE_SECONDS:
                 try:
                     chunk = await asyncio.wait_for(chunks.get(), 1.0)
                 except TimeoutError:
                     chunk = b""  # keeps the call alive, and fails if the client is gone
                 yield chunk
         finally:
-            del self._open[name], self._heard[name]
+            del self._open[name], self._last_seen[name]
             serving.cancel()
             await asyncio.gather(serving, return_exceptions=True)
 
@@ -182,5 +182,5 @@ class Switchboard:
         reader, writer = self._open.get(name, (None, None))
         if reader is None or writer is None or writer.is_closing():
             raise ConnectionError
-        self._heard[name] = time.monotonic()
+        self._last_seen[name] = time.monotonic()
         reader.feed_data(data)

@@ -53,7 +53,7 @@ class Deployment:
         watch: EngineWatch,
         metrics: Metrics,
         frontends: Frontends,
-        tell: Callable[[], None],
+        broadcast_catalog: Callable[[], None],
     ) -> None:
         self.changing = asyncio.Lock()
         self.generation = 0
@@ -64,7 +64,7 @@ class Deployment:
         self._watch = watch
         self._metrics = metrics
         self._frontends = frontends
-        self._tell = tell
+        self._broadcast_catalog = broadcast_catalog
         self._retired: dict[tuple[str, int], float] = {}
         self._threads = DetachedThreads()
         self._background = Background()
@@ -120,12 +120,12 @@ class Deployment:
             LoadFailedError, NoEngineError: see `Fleet.load`.
         """
         self.loading = [checkpoint.label]
-        self._tell()
+        self._broadcast_catalog()
         try:
             await self._fleet.load((checkpoint.name, checkpoint.version), checkpoint.path)
         finally:
             self.loading = []
-            self._tell()
+            self._broadcast_catalog()
 
     async def unload(self, checkpoint: Checkpoint) -> None:
         """Have every engine free a version that no frontend has served."""
@@ -135,12 +135,12 @@ class Deployment:
         """Send the catalog to all frontends, and wait until all of them serve it."""
         self.generation += 1
         generation = self.generation
-        self._tell()
+        self._broadcast_catalog()
         try:
             async with asyncio.timeout(SWAP_PATIENCE):
-                await self._frontends.until(lambda frontend: frontend.swapped >= generation)
+                await self._frontends.until(lambda frontend: frontend.applied >= generation)
         except TimeoutError:
-            behind = [frontend.pid for frontend in self._frontends if frontend.swapped < generation]
+            behind = [frontend.pid for frontend in self._frontends if frontend.applied < generation]
             log.error("frontends did not apply the model catalog in time", pids=behind)
 
     def announce(self, checkpoint: Checkpoint) -> None:

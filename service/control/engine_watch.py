@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 import budgetformer
 from budgetformer.inference.policy import QualityName
 from service.control.catalog import Catalog
-from service.ipc.engine_client import EngineClient, Event, Lost
-from service.ipc.engine_messages import BatchRan, Heartbeat, Hello, ModelInfo, Models
+from service.ipc.engine_client import Disconnected, EngineClient, Event
+from service.ipc.engine_messages import BatchReport, Heartbeat, Hello, ModelInfo, Models
 from service.telemetry.metrics import QUALITY_RANK, Metrics
 
 
@@ -48,7 +48,7 @@ class EngineWatch:
             case Models():
                 self._models[index] = event.models
                 self.show_models()
-            case Lost():
+            case Disconnected():
                 self._beats.pop(index, None)
                 self._metrics.device_memory.labels(str(index)).set(0)
                 self._sum_queues()
@@ -56,7 +56,7 @@ class EngineWatch:
                 self._beats[index] = event
                 self._metrics.device_memory.labels(str(index)).set(event.memory_bytes)
                 self._sum_queues()
-            case BatchRan():
+            case BatchReport():
                 batch = self._metrics.batch(event.model, event.budget)
                 if batch is not None:
                     batch.count(event.items, event.tokens, event.padding)
@@ -74,7 +74,7 @@ class EngineWatch:
         """Update the age of each engine's last heartbeat, which grows without any event."""
         now = time.monotonic()
         for client in clients:
-            age = now - (client.heard or self._began)
+            age = now - (client.last_seen or self._began)
             self._metrics.heartbeat_age.labels(str(client.index)).set(age)
 
     def show_models(self) -> None:

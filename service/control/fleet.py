@@ -11,7 +11,15 @@ import structlog
 
 from service.ipc.connection import DisconnectedError, Streams, unreachable
 from service.ipc.engine_client import EngineClient, Engines, Event, ModelKey
-from service.ipc.engine_messages import Configure, Done, Failed, Hello, Load, Unload, Watch
+from service.ipc.engine_messages import (
+    Configure,
+    Done,
+    Failed,
+    Hello,
+    Load,
+    SubscribeBatches,
+    Unload,
+)
 
 log = structlog.get_logger()
 
@@ -34,7 +42,7 @@ class Fleet(Engines):
     Args:
         sockets: socket of each engine.
         observe: see `Engines`.
-        failed: called when `errors` may have changed.
+        errors_changed: called when `errors` may have changed.
         load_seconds: longest time that an engine may take to load a model. After that, the load
             fails, and the engine serves the models that it has.
 
@@ -46,14 +54,14 @@ class Fleet(Engines):
         self,
         sockets: list[Path],
         observe: Callable[[int, Event], None],
-        failed: Callable[[], None] = lambda: None,
+        errors_changed: Callable[[], None] = lambda: None,
         load_seconds: float | None = None,
     ) -> None:
         super().__init__(sockets, self._event)
         self.wanted: dict[ModelKey, Path] = {}
         self._configuration: Configure | None = None
         self._observe = observe
-        self._tell = failed
+        self._errors_changed = errors_changed
         self._load_seconds = load_seconds
         self._failed: dict[tuple[int, ModelKey], str] = {}
 
@@ -99,7 +107,7 @@ class Fleet(Engines):
         if self._configuration is None:
             return True
         try:
-            return isinstance(await client.ask(self._configuration, seconds), Done)
+            return isinstance(await client.request(self._configuration, seconds), Done)
         except (DisconnectedError, TimeoutError):
             return False
 
@@ -137,7 +145,7 @@ class Fleet(Engines):
     def _event(self, index: int, event: Event) -> None:
         if isinstance(event, Hello):
             client = next(client for client in self.clients if client.index == index)
-            client.say(Watch())
+            client.send(SubscribeBatches())
             self._forget_failures(index)
             self._background.start(self._equip(client))
         self._observe(index, event)
@@ -157,11 +165,11 @@ class Fleet(Engines):
                 log.error("model not loaded", model=key[0], engine=client.index, reason=str(error))
             except NoEngineError:
                 return
-        self._tell()
+        self._errors_changed()
 
     async def _load(self, client: EngineClient, key: ModelKey, path: Path) -> None:
         try:
-            reply = await client.ask(Load(0, str(path)), self._load_seconds)
+            reply = await client.request(Load(0, str(path)), self._load_seconds)
         except DisconnectedError as error:
             raise NoEngineError from error
         except TimeoutError:
@@ -177,7 +185,7 @@ class Fleet(Engines):
         self._failed.pop((client.index, key), None)
         if key in client.models:
             try:
-                await client.ask(Unload(0, *key), self._load_seconds)
+                await client.request(Unload(0, *key), self._load_seconds)
             except DisconnectedError:
                 return  # an engine that ended has freed its models
             except TimeoutError:

@@ -53,7 +53,7 @@ def fork_on_demand() -> int | None:
                     os.close(key.fd)
                     number, pid = children.pop(key.fd)
                     _, status = os.waitpid(pid, 0)
-                    _say(answers, number, pid, os.waitstatus_to_exitcode(status))
+                    _write_numbers(answers, number, pid, os.waitstatus_to_exitcode(status))
                     continue
                 line = read_line()
                 if not line:
@@ -61,7 +61,7 @@ def fork_on_demand() -> int | None:
                 try:
                     read_end, write_end, pid = _fork()
                 except OSError as error:  # EAGAIN, ENOMEM, EMFILE: a later fork may succeed
-                    _say(answers, int(line), -(error.errno or errno.EAGAIN))
+                    _write_numbers(answers, int(line), -(error.errno or errno.EAGAIN))
                     continue
                 if not pid:
                     for fd in (answers, read_end, *children):
@@ -70,7 +70,7 @@ def fork_on_demand() -> int | None:
                 os.close(write_end)
                 selector.register(read_end, selectors.EVENT_READ)
                 children[read_end] = int(line), pid
-                _say(answers, *children[read_end])
+                _write_numbers(answers, *children[read_end])
 
 
 def _fork() -> tuple[int, int, int]:
@@ -88,7 +88,7 @@ def _fork() -> tuple[int, int, int]:
         raise
 
 
-def _say(answers: int, *numbers: int) -> None:
+def _write_numbers(answers: int, *numbers: int) -> None:
     with contextlib.suppress(BrokenPipeError):  # the supervisor ended, so stdin ends too
         os.write(answers, b" ".join(str(number).encode() for number in numbers) + b"\n")
 
@@ -167,7 +167,7 @@ class ForkServer:
                 await self._start()
         forked: Future[Forked] = asyncio.get_running_loop().create_future()
         self._requested[number] = forked
-        self._tell(b"%d\n" % number)
+        self._write_line(b"%d\n" % number)
         try:
             async with asyncio.timeout(self._seconds):
                 return await asyncio.shield(forked)
@@ -200,7 +200,7 @@ class ForkServer:
         self._process = subprocess.Popen(
             self._command, stdin=pipe, stdout=pipe, bufsize=0, start_new_session=True
         )
-        self._tell(encode_settings(self._settings))
+        self._write_line(encode_settings(self._settings))
         output = asyncio.StreamReader()
         try:
             await asyncio.get_running_loop().connect_read_pipe(
@@ -211,7 +211,7 @@ class ForkServer:
             raise
         self._reading = asyncio.create_task(self._read(self._process, output))
 
-    def _tell(self, line: bytes) -> None:
+    def _write_line(self, line: bytes) -> None:
         assert self._process is not None
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has ended, so `_read` sees end-of-file
@@ -247,7 +247,7 @@ class ForkServer:
         """Handle one line of the fork server's output; an empty line means that it has ended."""
         if not line:
             return
-        number, pid, *code = (int(word) for word in line.split())
+        number, pid, *code = map(int, line.split())
         if code:
             self._forked.pop(pid).ended(code[0])
         elif pid < 0:

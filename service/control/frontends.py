@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator
 
-from service.ipc.connection import Say
+from service.ipc.connection import Sender
 from service.ipc.frames import Message
 
 
@@ -14,23 +14,23 @@ class FrontendPeer:
     """A connected frontend.
 
     Attributes:
-        say: sends a message to it.
+        send: sends a message to it.
         name: unique name of the frontend.
         pid: process id.
         serves: whether it accepts requests; the process that runs jobs does not.
-        heard: time of its last message, on the monotonic clock.
-        swapped, drained, configured: generations that it has reached; see the messages `Swapped`,
-            `Drained` and `SettingsTaken`.
+        last_seen: time of its last message, on the monotonic clock.
+        applied, drained, configured: generations that it has reached; see the messages
+            `CatalogApplied`, `Drained` and `SettingsApplied`.
         cache_bytes: size of its answer cache.
     """
 
-    def __init__(self, say: Say) -> None:
-        self.say = say
+    def __init__(self, send: Sender) -> None:
+        self.send = send
         self.name = ""
         self.pid = 0
         self.serves = False
-        self.heard = time.monotonic()
-        self.swapped = self.drained = self.configured = 0
+        self.last_seen = time.monotonic()
+        self.applied = self.drained = self.configured = 0
         self.cache_bytes = 0
 
 
@@ -53,10 +53,10 @@ class Frontends:
         self._peers.discard(peer)
         self.advanced()
 
-    def tell(self, message: Message) -> None:
+    def broadcast(self, message: Message) -> None:
         """Send a message to all frontends."""
         for peer in self._peers:
-            peer.say(message)
+            peer.send(message)
 
     def advanced(self) -> None:
         """Wake `until`, since a frontend has reached another generation."""

@@ -24,32 +24,32 @@ from service.control.fleet import Fleet, LoadFailedError, LoadTimeoutError, NoEn
 from service.control.frontends import FrontendPeer, Frontends
 from service.control.served_state import StateError
 from service.control.versions import RollOutConflictError, RollOutError, Versions
-from service.ipc.connection import Say, handle_each, listening
+from service.ipc.connection import Sender, handle_each, listening
 from service.ipc.control_messages import (
     TO_HUB,
-    Acknowledged,
-    Alive,
-    Changed,
+    CatalogApplied,
+    CatalogUpdate,
     ChangeFailed,
     ChangeFailure,
     ChangeModel,
     ChangeRollOut,
+    ContentReply,
+    CountsReport,
     Drained,
-    Here,
-    NewSettings,
-    NotShown,
+    FrontendHello,
+    GetRecentTraffic,
+    HubHeartbeat,
+    ModelChanged,
+    ProblemReport,
     ReloadSettings,
-    Report,
+    ReportAcknowledged,
+    RequestFailed,
     Scrape,
-    Serving,
-    SettingsRefused,
+    SettingsApplied,
+    SettingsRejected,
     SettingsReloaded,
-    SettingsTaken,
-    Shown,
-    Swapped,
-    TellRecent,
+    SettingsUpdate,
     ToHub,
-    Trouble,
 )
 from service.ipc.engine_messages import Configure
 from service.process import encode_settings
@@ -115,10 +115,18 @@ class Hub:
         self.catalog = catalog
         self.recent = RecentTraffic(self.metrics)
         self.watch = EngineWatch(self.metrics, self.catalog, self._level_shown)
-        self.fleet = Fleet(sockets, self.watch, self._tell_all, settings.load_timeout_seconds)
+        self.fleet = Fleet(
+            sockets, self.watch, self._broadcast_catalog, settings.load_timeout_seconds
+        )
         self.frontends = Frontends()
         self.deployment = Deployment(
-            settings, catalog, self.fleet, self.watch, self.metrics, self.frontends, self._tell_all
+            settings,
+            catalog,
+            self.fleet,
+            self.watch,
+            self.metrics,
+            self.frontends,
+            self._broadcast_catalog,
         )
         self.versions = Versions(
             settings, catalog, self.deployment, self.metrics, self.report_problem
@@ -178,7 +186,7 @@ class Hub:
         else:
             self._crash_loops[process] = reason
         if self._crash_loops.get(process) != before:
-            self._tell_all()
+            self._broadcast_catalog()
 
     def report_problem(self, source: str, reason: str | None) -> None:
         """Show in `/health` why a part of the server fails; None: it works again."""
@@ -195,21 +203,21 @@ class Hub:
         if before and not problems:
             log.info("problem resolved", source=source)
         if problems != before:
-            self._tell_all()
+            self._broadcast_catalog()
 
     async def _beat(self) -> None:
         """Send the state of the server to the frontends once a second, and remove old metrics."""
         while True:
-            self.frontends.tell(self._alive())
+            self.frontends.broadcast(self._heartbeat())
             self.deployment.forget_retired(time.monotonic())
             await asyncio.sleep(BEAT_SECONDS)
 
-    def _alive(self) -> Alive:
+    def _heartbeat(self) -> HubHeartbeat:
         """Return the message with the state of the server's parts."""
         self._equipped = self._equipped or all(map(self.fleet.equipped, self.fleet.clients))
         connected = sum(frontend.serves for frontend in self.frontends)
         tasks = {name: "; ".join(self._problems.get(name, [])) for name in self.tasks}
-        return Alive(connected, tasks, self._equipped)
+        return HubHeartbeat(connected, tasks, self._equipped)
 
     # Changes of settings
 
@@ -225,7 +233,7 @@ class Hub:
         self.versions.configure(settings)
         self._settings_generation += 1
         generation = self._settings_generation
-        self.frontends.tell(self._new_settings())
+        self.frontends.broadcast(self._new_settings())
         wanted = Configure(
             0, settings.log_level, settings.quality_floor, settings.model_floors(),
             settings.queue_items(), settings.warm_up_steps(),
@@ -239,30 +247,32 @@ class Hub:
         behind = [frontend.pid for frontend in self.frontends if frontend.configured < generation]
         return sorted([*(names.get(pid, f"process {pid}") for pid in behind), *engines])
 
-    def _new_settings(self) -> NewSettings:
-        return NewSettings(self._settings_generation, encode_settings(self.settings))
+    def _new_settings(self) -> SettingsUpdate:
+        return SettingsUpdate(self._settings_generation, encode_settings(self.settings))
 
     async def _reload(self, frontend: FrontendPeer, message: ReloadSettings) -> None:
         if self.reload is None:
             reason = "settings of a server on a cluster change with its deployment"
-            frontend.say(SettingsRefused(message.id, "not_supported", reason))
+            frontend.send(SettingsRejected(message.id, "not_supported", reason))
             return
         try:
-            frontend.say(msgspec.structs.replace(await self.reload(), id=message.id))
+            frontend.send(msgspec.structs.replace(await self.reload(), id=message.id))
         except BudgetFormerError as error:
-            frontend.say(SettingsRefused(message.id, "invalid_settings", str(error)))
+            frontend.send(SettingsRejected(message.id, "invalid_settings", str(error)))
         except Exception as error:  # any error must be answered
             log.error("settings not reloaded", exc_info=error)
-            frontend.say(NotShown(message.id, "the reload failed; the server's log says more"))
+            frontend.send(
+                RequestFailed(message.id, "the reload failed; the server's log says more")
+            )
 
     # Connections of the frontends
 
-    async def serve_frontend(self, reader: asyncio.StreamReader, say: Say) -> None:
+    async def serve_frontend(self, reader: asyncio.StreamReader, send: Sender) -> None:
         """Handle the messages of one frontend until its connection ends."""
-        frontend = FrontendPeer(say)
+        frontend = FrontendPeer(send)
         if self._settings_generation:
-            say(self._new_settings())
-        say(self._serving())
+            send(self._new_settings())
+        send(self._catalog_update())
         self.frontends.add(frontend)
         try:
             await handle_each(
@@ -277,50 +287,50 @@ class Hub:
             self._measure_frontends()
 
     def _handle(self, frontend: FrontendPeer, message: ToHub) -> None:
-        frontend.heard = time.monotonic()
+        frontend.last_seen = time.monotonic()
         match message:
-            case Report():
+            case CountsReport():
                 self._count(frontend.name, message)
                 frontend.cache_bytes = message.cache_bytes
                 if message.ready:
                     self.ready.set()
                 self._measure_frontends()
-                frontend.say(Acknowledged(message.number))
-            case Here():
+                frontend.send(ReportAcknowledged(message.number))
+            case FrontendHello():
                 frontend.name, frontend.pid = message.frontend, message.pid
                 frontend.serves = bool(message.routes)
                 self._measure_frontends()
                 if frontend.serves:
                     self.metrics.register_routes(message.routes)
                     self.metrics.register_keys(message.keys)
-                frontend.say(self._alive())
-            case Trouble():
+                frontend.send(self._heartbeat())
+            case ProblemReport():
                 self.report_problem(message.source, message.reason)
-            case Swapped():
-                frontend.swapped = message.generation
+            case CatalogApplied():
+                frontend.applied = message.generation
                 self.frontends.advanced()
             case Drained():
                 frontend.drained = message.generation
                 self.frontends.advanced()
-            case SettingsTaken():
+            case SettingsApplied():
                 frontend.configured = message.generation
                 self.frontends.advanced()
             case ReloadSettings():
                 self._background.start(self._reload(frontend, message))
             case Scrape():
                 self.watch.refresh(self.fleet.clients)
-                frontend.say(Shown(message.id, *self._exposition(message.openmetrics)))
-            case TellRecent():
-                content = msgspec.json.encode(self.recent.tell(message.model))
-                frontend.say(Shown(message.id, content, "application/json"))
+                frontend.send(ContentReply(message.id, *self._exposition(message.openmetrics)))
+            case GetRecentTraffic():
+                content = msgspec.json.encode(self.recent.report(message.model))
+                frontend.send(ContentReply(message.id, content, "application/json"))
             case ChangeModel() | ChangeRollOut() if self._changes > MAX_CHANGES:
                 reason = "too many changes of models are waiting"
-                frontend.say(ChangeFailed(message.id, "busy", reason))
+                frontend.send(ChangeFailed(message.id, "busy", reason))
             case ChangeModel() | ChangeRollOut():
                 self._changes += 1
                 self._background.start(self._change(frontend, message))
 
-    def _count(self, frontend: str, report: Report) -> None:
+    def _count(self, frontend: str, report: CountsReport) -> None:
         """Count a report, unless it was already received over another connection."""
         last = self._reported.pop(frontend, -1)
         self._reported[frontend] = max(last, report.number)
@@ -346,19 +356,21 @@ class Hub:
             if reason is None:
                 log.error("model change failed", model=wanted.name, exc_info=error)
                 message = f"{wanted.name}: {type(error).__name__}; the server's log says more"
-            frontend.say(ChangeFailed(wanted.id, reason or "broken_checkpoint", message))
+            frontend.send(ChangeFailed(wanted.id, reason or "broken_checkpoint", message))
         else:
-            frontend.say(answer)
+            frontend.send(answer)
         finally:
             self._changes -= 1
 
-    async def _make_change(self, wanted: ChangeModel | ChangeRollOut) -> Changed | Shown:
+    async def _make_change(
+        self, wanted: ChangeModel | ChangeRollOut
+    ) -> ModelChanged | ContentReply:
         name, version, versions = wanted.name, wanted.version, self.versions
         match wanted.action:
             case "load":
-                return Changed(wanted.id, (await versions.load(name, version)).label)
+                return ModelChanged(wanted.id, (await versions.load(name, version)).label)
             case "unload":
-                return Changed(wanted.id, (await versions.unload(name)).label)
+                return ModelChanged(wanted.id, (await versions.unload(name)).label)
             case "begin":
                 rollout = await versions.roll_out(name, version, wanted.given)
             case "promote":
@@ -367,26 +379,28 @@ class Hub:
                 rollout = await versions.roll_back(name)
             case "show":
                 rollout = versions.last_rollout(name)
-        return Shown(wanted.id, msgspec.json.encode(rollout.report()), "application/json")
+        return ContentReply(wanted.id, msgspec.json.encode(rollout.report()), "application/json")
 
     def _measure_frontends(self) -> None:
         self.metrics.fronts.set(sum(frontend.serves for frontend in self.frontends))
         self.metrics.cache_bytes.set(sum(frontend.cache_bytes for frontend in self.frontends))
 
-    def _tell_all(self) -> None:
-        self.frontends.tell(self._serving())
+    def _broadcast_catalog(self) -> None:
+        self.frontends.broadcast(self._catalog_update())
 
-    def _serving(self) -> Serving:
+    def _catalog_update(self) -> CatalogUpdate:
         problems = [line for lines in self._problems.values() for line in lines]
         errors = sorted({*self.catalog.errors, *self.fleet.errors, *problems})
         loops = dict(sorted(self._crash_loops.items()))
         deployment = self.deployment
-        return Serving(
+        return CatalogUpdate(
             deployment.generation, deployment.served(), deployment.loading, errors, loops
         )
 
 
 def _answer_error(frontend: FrontendPeer, message: ToHub, reason: str) -> None:
     """Answer a message that could not be handled, if its sender waits for an answer."""
-    if isinstance(message, ChangeModel | ChangeRollOut | ReloadSettings | Scrape | TellRecent):
-        frontend.say(NotShown(message.id, reason))
+    if isinstance(
+        message, ChangeModel | ChangeRollOut | ReloadSettings | Scrape | GetRecentTraffic
+    ):
+        frontend.send(RequestFailed(message.id, reason))

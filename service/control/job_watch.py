@@ -12,7 +12,7 @@ from service.job_store import STORED, JobStore, Status
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 
-LOOK_SECONDS = 1.0
+POLL_SECONDS = 1.0
 TIDY_SECONDS = 60.0
 IDLE_SECONDS = 30.0
 """Time after the last job until the process that runs jobs is ended."""
@@ -49,7 +49,7 @@ class JobWatch:
                 await self._check()
             except OSError as error:
                 self._report("jobs", f"{self._store.folder}: {describe(error)}")
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(POLL_SECONDS)
 
     async def until_wanted(self) -> None:
         """Wait until there is a job that this server must run."""
@@ -58,7 +58,7 @@ class JobWatch:
     async def until_idle(self) -> None:
         """Wait until there has been no such job for `IDLE_SECONDS`."""
         while self._wanted.is_set() or time.monotonic() - self._worked < IDLE_SECONDS:
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(POLL_SECONDS)
 
     async def _check(self) -> None:
         exists, jobs = await self._threads.run("jobs", self._read)

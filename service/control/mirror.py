@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import structlog
@@ -40,22 +41,14 @@ class Mirror:
         self._wanted = {n: v for n, _, v in (name.partition(":") for name in names)}
 
     def copy(self) -> list[str]:
-        """Copy new versions, and return one line for each that could not be copied.
-
-        Raises:
-            CheckpointError: the remote store cannot be listed.
-        """
-        problems = []
-        for name, version in self._missing():
-            try:
-                install(f"{self.url}/{name}/{version}", self._store, version, try_out=False)
-            except KeyboardInterrupt:
-                raise
-            except BaseException as error:  # drivers of fsspec raise errors of any type
-                reason = str(error) if isinstance(error, CheckpointError) else describe(error)
-                problems.append(f"{self.url}/{name}/{version}: {reason}")
-            else:
-                log.info("checkpoint copied", model=name, version=version)
+        """Copy new versions, and return one line for each problem; never raise an error."""
+        problems: list[str] = []
+        with _added_to(problems, self.url):
+            for name, version in self._missing():
+                url = f"{self.url}/{name}/{version}"
+                with _added_to(problems, url):
+                    install(url, self._store, version, try_out=False)
+                    log.info("checkpoint copied", model=name, version=version)
         return problems
 
     def _missing(self) -> Iterator[tuple[str, int]]:
@@ -76,12 +69,8 @@ class Mirror:
             system, root = fsspec.core.url_to_fs(self.url)
             manifests = system.glob(f"{root}/*/*/{MANIFEST}")
         except ImportError as error:
-            message = f"{self.url}: {error} (pip install 'budgetformer-serving[remote]')"
+            message = f"{error} (pip install 'budgetformer-serving[remote]')"
             raise CheckpointError(message) from error
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # drivers of fsspec raise errors of any type
-            raise CheckpointError(f"{self.url}: {describe(error)}") from error
         models: dict[str, list[int]] = {}
         for path in map(str, manifests):
             name, version = ["", "", *path.split("/")][-3:-1]
@@ -98,16 +87,16 @@ def mirror_of(settings: Settings) -> Mirror | None:
     return Mirror(settings.remote_store, settings.model_store, settings.models)
 
 
-def copy(mirror: Mirror) -> list[str]:
-    """Copy new versions, and return one line for each problem; never raise an error."""
+@contextmanager
+def _added_to(problems: list[str], url: str) -> Iterator[None]:
+    """Add an error of this context to the problems; drivers of fsspec raise errors of any type."""
     try:
-        return mirror.copy()
-    except CheckpointError as error:
-        return [str(error)]
+        yield
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # a driver may also list entries that are not paths
-        return [f"{mirror.url}: {describe(error)}"]
+    except BaseException as error:
+        reason = str(error) if isinstance(error, CheckpointError) else describe(error)
+        problems.append(f"{url}: {reason}")
 
 
 def copy_at_start(mirror: Mirror, seconds: float = START_SECONDS) -> None:
@@ -120,7 +109,7 @@ def copy_at_start(mirror: Mirror, seconds: float = START_SECONDS) -> None:
     problems = [f"the remote store does not answer within {seconds:g} s"]
 
     def run() -> None:
-        problems[:] = copy(mirror)
+        problems[:] = mirror.copy()
 
     copying = threading.Thread(target=run, daemon=True, name="copy")
     copying.start()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from functools import partial
 from pathlib import Path
 
 import structlog
@@ -12,7 +11,7 @@ from budgetformer.checkpoint.manifest import MANIFEST
 from service.background import DetachedThreads, StillRunningError, describe
 from service.control.fleet import LoadTimeoutError, NoEngineError
 from service.control.hub import Hub
-from service.control.mirror import Mirror, copy
+from service.control.mirror import Mirror
 from service.control.versions import RollOutConflictError
 
 log = structlog.get_logger()
@@ -70,7 +69,7 @@ class StorePoll:
 
     async def _copy(self, mirror: Mirror) -> list[str]:
         try:
-            return await self._threads.run("copy", partial(copy, mirror), COPY_SECONDS)
+            return await self._threads.run("copy", mirror.copy, COPY_SECONDS)
         except (TimeoutError, StillRunningError):
             return ["the remote store does not answer"]
         except Exception as error:  # no thread could be started

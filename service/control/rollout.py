@@ -5,14 +5,13 @@ Pure logic; `service.control.versions` acts on its results.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
 
 from budgetformer.wilson import interval
-from service.telemetry.counts import DURATIONS, Difference, Observations
+from service.telemetry.counts import DURATIONS, Difference, Observations, quantile
 
 State = Literal["running", "promoted", "rolled_back", "stopped"]
 Side = Literal["served", "candidate"]
@@ -83,7 +82,9 @@ class Figures(msgspec.Struct):
     @property
     def slow_seconds(self) -> float | None:
         """The 90th percentile of the durations; None: too few requests."""
-        return quantile(self.durations, SLOW) if self.requests >= MIN_REQUESTS else None
+        if self.requests < MIN_REQUESTS:
+            return None
+        return quantile(self.durations.cumulative(DURATIONS), SLOW)
 
 
 class RollOut(msgspec.Struct):
@@ -120,21 +121,24 @@ class RollOut(msgspec.Struct):
 
     def count(self, difference: Difference) -> None:
         """Add the counts of a frontend for these two versions."""
+        candidate = self.figures["candidate"]
         keys = {
             (self.model, str(self.served)): self.figures["served"],
-            (self.model, str(self.candidate)): self.figures["candidate"],
+            (self.model, str(self.candidate)): candidate,
         }
         for (name, *labels), grown in difference.counters.items():
             figures = keys.get((labels[0], labels[1])) if len(labels) > 2 else None
             if figures is None:
                 continue
+            kind = labels[2]
             if name == "model_requests":
-                figures.outcomes[labels[2]] = figures.outcomes.get(labels[2], 0) + int(grown)
-            elif name == "shadow_items" and figures is self.figures["candidate"]:
-                outcome = labels[2]
-                self.shadow_texts[outcome] = self.shadow_texts.get(outcome, 0) + int(grown)
-            elif name.startswith("shadow_") and int(labels[1]) == self.candidate:
-                side = self.figures[labels[2]]  # type: ignore[index]
+                figures.outcomes[kind] = figures.outcomes.get(kind, 0) + int(grown)
+            elif figures is not candidate:
+                continue  # shadow texts of an earlier roll-out, whose candidate is served now
+            elif name == "shadow_items":
+                self.shadow_texts[kind] = self.shadow_texts.get(kind, 0) + int(grown)
+            elif name.startswith("shadow_"):
+                side = self.figures[kind]  # type: ignore[index]
                 setattr(side, name, getattr(side, name) + grown)
         for (name, *labels), observed in difference.histograms.items():
             if name == "model_request_duration_seconds" and tuple(labels) in keys:
@@ -243,19 +247,6 @@ def _above(hits: int, count: int, share: float) -> bool:
 def share_bounds(hits: int, count: int) -> tuple[float, float]:
     """Return the confidence interval of an observed share, `DEVIATIONS` to either side."""
     return interval(hits / count, count, DEVIATIONS) if count else (0.0, 1.0)
-
-
-def quantile(durations: Observations, at: float) -> float:
-    """Return a quantile of durations, linear within its bucket, as Prometheus does."""
-    cumulative = durations.cumulative(DURATIONS)
-    rank = at * cumulative[-1]
-    bucket = bisect_left(cumulative, rank)
-    if bucket >= len(DURATIONS):
-        return float(DURATIONS[-1])
-    low = DURATIONS[bucket - 1] if bucket else 0.0
-    before = cumulative[bucket - 1] if bucket else 0
-    inside = cumulative[bucket] - before
-    return low + (DURATIONS[bucket] - low) * (rank - before) / inside if inside else low
 
 
 def _rounded(value: float | None, digits: int) -> float | None:

@@ -59,7 +59,7 @@ CRASH_LOOP = 3
 started, or ends before it serves."""
 START_SECONDS = 120.0
 """Longest time from the start of a process to its first message."""
-LOOK_SECONDS = 0.1
+POLL_SECONDS = 0.1
 KILL_SECONDS = 3.0
 LONGEST_SOCKET = 103
 """Longest path of a local socket, in bytes, that every system accepts."""
@@ -85,7 +85,7 @@ class _Child:
         self._start = start
         self._report = report
         self._process: Process | Forked | None = None
-        self._heard = 0.0
+        self._last_seen = 0.0
         self._served = False
         self._stopping = False
 
@@ -100,16 +100,16 @@ class _Child:
         """Whether it runs, and was not told to stop."""
         return self.pid is not None and not self._stopping
 
-    def last_word(self, heard: float | None, patience: float) -> float:
+    def silent_since(self, last_seen: float | None, patience: float) -> float:
         """Return when its silence began, on the monotonic clock.
 
         Args:
             heard: time of its last message; None: it is not connected.
             patience: seconds after its start for which it may be silent.
         """
-        if heard is not None:
-            self._heard = heard
-        return self._heard if self._heard > self.started else self.started + patience
+        if last_seen is not None:
+            self._last_seen = last_seen
+        return self._last_seen if self._last_seen > self.started else self.started + patience
 
     async def keep_running(self) -> None:
         """Start the process, and restart it whenever it ends, until `stop` or cancelled."""
@@ -144,7 +144,7 @@ class _Child:
             self._process.terminate()
         return f"it ended with exit code {await self._process.wait()}"
 
-    def serves(self) -> None:
+    def mark_serving(self) -> None:
         """Note that the process serves; if it ends later, it is restarted without delay."""
         if not self._served:
             self._served = True
@@ -221,8 +221,8 @@ class _Server:
         self._job_watch = JobWatch(
             lambda: self.hub.settings, self.hub.metrics, self.hub.report_problem
         )
-        self._job_process: _Child | None = None
-        """Process that runs jobs; None: there are no jobs to run."""
+        self._job_processes: list[_Child] = []
+        """The process that runs jobs, while there are jobs to run."""
 
     async def _start_frontend(self, index: int, descriptors: Sequence[int]) -> Process:
         arguments = (str(self._run_dir), str(index), *map(str, descriptors))
@@ -240,14 +240,14 @@ class _Server:
         while True:
             await self._job_watch.until_wanted()
             process = _Child("jobs", self._start_jobs, self.hub.report_crash_loop)
-            self._job_process = process
+            self._job_processes.append(process)
             running = asyncio.create_task(process.keep_running())
             try:
                 await self._job_watch.until_idle()
             finally:
                 await process.stop(KILL_SECONDS)
                 running.cancel()
-                self._job_process = None
+                self._job_processes.remove(process)
 
     async def run(self) -> None:
         """Run all processes and tasks until cancelled."""
@@ -255,10 +255,10 @@ class _Server:
         settings, hub = self._settings, self.hub
         work: dict[str, Callable[[], Awaitable[None]]] = {
             "hub": partial(hub.serve, socket),
-            "readiness": self._note_serving,
+            "readiness": self._watch_serving,
             "job folder": self._job_watch.run,
             "job process": self._run_jobs,
-            "silence": partial(on_silence, self._last_words, settings.hang_seconds, _Child.kill),
+            "silence": partial(on_silence, self._silent_since, settings.hang_seconds, _Child.kill),
         }
         work |= {child.name: child.keep_running for child in (*self._engines, *self._frontends)}
         if settings.poll_store_seconds:
@@ -273,7 +273,7 @@ class _Server:
     async def stop(self) -> None:
         """Let the frontends answer their requests, then end all processes."""
         patience = self._settings.drain_seconds + KILL_SECONDS
-        jobs = [] if self._job_process is None else [self._job_process.stop(KILL_SECONDS)]
+        jobs = [process.stop(KILL_SECONDS) for process in self._job_processes]
         await asyncio.gather(*jobs, *(frontend.stop(patience) for frontend in self._frontends))
         await asyncio.gather(*(engine.stop(KILL_SECONDS) for engine in self._engines))
         await self._forks.stop()
@@ -292,29 +292,29 @@ class _Server:
             device=settings.device,
         )
 
-    async def _note_serving(self) -> None:
+    async def _watch_serving(self) -> None:
         """Note which processes serve, until cancelled."""
         while True:
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(POLL_SECONDS)
             for child, client in self._clients():
                 if self.hub.fleet.equipped(client):
-                    child.serves()
+                    child.mark_serving()
             connected = {frontend.pid for frontend in self.hub.frontends}
             for child in self._hub_clients():
                 if child.pid in connected:
-                    child.serves()
+                    child.mark_serving()
 
-    def _last_words(self) -> dict[_Child, float]:
+    def _silent_since(self) -> dict[_Child, float]:
         patience = START_SECONDS - self._settings.hang_seconds
-        frontends = {frontend.pid: frontend.heard for frontend in self.hub.frontends}
-        heard = [
-            *((child, client.heard) for child, client in self._clients()),
+        frontends = {frontend.pid: frontend.last_seen for frontend in self.hub.frontends}
+        last_seen = [
+            *((child, client.last_seen) for child, client in self._clients()),
             *((child, frontends.get(child.pid or 0)) for child in self._hub_clients()),
         ]
-        return {child: child.last_word(at, patience) for child, at in heard if child.watched}
+        return {child: child.silent_since(at, patience) for child, at in last_seen if child.watched}
 
     def _hub_clients(self) -> list[_Child]:
-        return [*self._frontends, *([] if self._job_process is None else [self._job_process])]
+        return [*self._frontends, *self._job_processes]
 
     def _clients(self) -> Iterator[tuple[_Child, EngineClient]]:
         return zip(self._engines, self.hub.fleet.clients, strict=True)

@@ -28,13 +28,13 @@ from budgetformer.inference.precision import Precision
 from budgetformer.inference.texts import Texts
 from budgetformer.model.tfidf import Array
 from service.engine.device import check_device, probe_device, use_device
-from service.engine.loaded_model import LoadedModel
-from service.engine.model_loader import LoadOptions, ModelKey, ModelLoader
+from service.engine.loaded_model import LoadedModel, WarmUpSteps, load_model
+from service.engine.model_loader import ModelKey, ModelLoader
 from service.engine.requests import ModelQueue, Reply, Request
 from service.engine.salvage import salvage
 from service.ipc import engine_messages as protocol
 from service.ipc.engine_messages import (
-    BatchRan,
+    BatchReport,
     Cancel,
     Classify,
     Expired,
@@ -49,13 +49,7 @@ from service.ipc.engine_messages import (
 from service.ipc.frames import FrameError
 from service.scheduling.admission import Refusal, admit
 from service.scheduling.batch_limit import BatchLimit
-from service.scheduling.brownout import (
-    BrownOut,
-    BrownOutLimits,
-    kept_above,
-    levels_down_to,
-    lowest,
-)
+from service.scheduling.brownout import BrownOut, BrownOutLimits, kept_above, levels_down_to
 from service.scheduling.buckets import Buckets, Span, lane_of
 from service.scheduling.decision_batch import decided_together
 from service.scheduling.drain import Drain
@@ -77,7 +71,6 @@ class EngineOptions:
     Attributes:
         max_queue_items: most items in the queue.
         batch_seconds, batch_items: see `Buckets`.
-        quality: level of `auto` requests while there is no overload.
         quality_floor: lowest level of `auto` requests under overload.
         brownout_seconds: queue delay above which the level is lowered.
         model_queue_items: most items of one model in the queue, by name of the model.
@@ -90,25 +83,22 @@ class EngineOptions:
     max_queue_items: int = 4096
     batch_seconds: float = 0.05
     batch_items: int = 256
-    quality: QualityName = "balanced"
     quality_floor: QualityName = "fast"
     brownout_seconds: float = 0.5
     model_queue_items: Mapping[str, int] = field(default_factory=dict)
     model_floors: Mapping[str, QualityName] = field(default_factory=dict)
-    warm_up_steps: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    warm_up_steps: WarmUpSteps = field(default_factory=dict)
     max_step: int | None = None
 
     @property
     def levels(self) -> list[QualityName]:
         """Levels from the normal one down to the lowest that some model may have."""
-        return levels_down_to(
-            lowest([self.quality_floor, *self.model_floors.values()]), self.quality
-        )
+        return levels_down_to(self.quality_floor, *self.model_floors.values())
 
     def level_of(self, model: str, level: QualityName) -> QualityName:
         """Return the level of a model, given the level that the load allows."""
         floor = self.model_floors.get(model, self.quality_floor)
-        return kept_above(floor, level, self.quality)
+        return kept_above(floor, level)
 
 
 class EngineCore:
@@ -172,8 +162,11 @@ class EngineCore:
         self._queues: dict[str, ModelQueue] = {}
         self._work_arrived = asyncio.Event()
         self._compute = ThreadPoolExecutor(1, "device", use_device, (device,))
-        load_options = LoadOptions(device, precision, tables or {}, shared)
-        self.loader = ModelLoader(load_options, self._check, self._changed)
+
+        def load(path: Path, warm_up_steps: WarmUpSteps) -> LoadedModel:
+            return load_model(path, device, precision, tables or {}, shared, warm_up_steps)
+
+        self.loader = ModelLoader(load, self._check, self._changed)
         self.loader.warm_up_steps = options.warm_up_steps
 
     @property
@@ -635,7 +628,9 @@ class EngineCore:
         if step == cascade.LAYERWISE:
             step = max(int(span.owner.items.step[span.indices].max()) for span in spans)
         checked, clipped = model.network.range_check.take()
-        self.broadcast(BatchRan(name, version, step, items, tokens, 0.0, seconds, checked, clipped))
+        self.broadcast(
+            BatchReport(name, version, step, items, tokens, 0.0, seconds, checked, clipped)
+        )
 
 
 def _fail(request: Request, index: int, error: Exception) -> None:

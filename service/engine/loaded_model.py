@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import TypeAlias, cast
 
 import structlog
 
@@ -27,6 +27,8 @@ from service.scheduling.price import Outlook
 
 log = structlog.get_logger()
 
+WarmUpSteps: TypeAlias = Mapping[str, Sequence[int]]
+"""Ladder steps to pack when a model loads, by name of the model."""
 MAX_RULES = 256
 """Most rules that are cached for each model."""
 TYPICAL_TOKENS = 64
@@ -85,7 +87,7 @@ def load_model(
     precision: Precision,
     tables: Mapping[str, CostTable],
     shared: Path | None = None,
-    warm_up_steps: Mapping[str, Sequence[int]] | None = None,
+    warm_up_steps: WarmUpSteps | None = None,
 ) -> LoadedModel:
     """Load, verify and warm up the checkpoint in a folder.
 

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
 import structlog
 
-from budgetformer.cost.table import CostTable
 from budgetformer.errors import CheckpointError
-from budgetformer.inference.precision import Precision
 from service.background import Background, DetachedThreads, StillRunningError
 from service.engine.device import DeviceLostError
-from service.engine.loaded_model import LoadedModel, load_model
+from service.engine.loaded_model import LoadedModel, WarmUpSteps
 from service.engine.requests import Reply
 from service.ipc.engine_messages import Cancel, Done, Failed, Load, ModelInfo, Unload
 from service.process import return_memory
@@ -30,48 +27,31 @@ SETTLE_SECONDS = 1.0
 """Delay before memory is returned after a change of models, so that running work has ended."""
 
 
-@dataclass(frozen=True)
-class LoadOptions:
-    """Options of `load_model` that are the same for all models of an engine.
-
-    Attributes:
-        device: device of the networks.
-        precision: precision of their passes.
-        tables: measured cost tables, by `name:version`.
-        shared: folder of the weights that engines share; None: this engine holds its own copy.
-    """
-
-    device: str
-    precision: Precision
-    tables: Mapping[str, CostTable]
-    shared: Path | None
-
-
 class ModelLoader:
     """The models that an engine has loaded.
 
     Args:
-        options: how models are loaded.
+        load: loads the checkpoint in a folder; see `load_model`.
         check: called with the error of a load; raises `DeviceLostError` if the device is lost.
         changed: called after each change, with the new model, if there is one; also called when
             the device is lost.
 
     Attributes:
         models: loaded models by name and version.
+        warm_up_steps: ladder steps to pack when a model loads.
         device_lost: error with which the device was lost, if it was.
     """
 
     def __init__(
         self,
-        options: LoadOptions,
+        load: Callable[[Path, WarmUpSteps], LoadedModel],
         check: Callable[[Exception], None],
         changed: Callable[[LoadedModel | None], None],
     ) -> None:
         self.models: dict[ModelKey, LoadedModel] = {}
         self.device_lost: DeviceLostError | None = None
-        self.warm_up_steps: Mapping[str, Sequence[int]] = {}
-        """Ladder steps to pack when a model loads, by name of the model."""
-        self._options = options
+        self.warm_up_steps: WarmUpSteps = {}
+        self._load_model = load
         self._check = check
         self._changed = changed
         self._loading = asyncio.Lock()
@@ -113,17 +93,8 @@ class ModelLoader:
             model.network.stop_sharing()
 
     async def _load(self, message: Load, reply: Reply) -> None:
-        path, options = Path(message.path), self._options
-
-        def read() -> LoadedModel:
-            return load_model(
-                path,
-                options.device,
-                options.precision,
-                options.tables,
-                options.shared,
-                self.warm_up_steps,
-            )
+        path = Path(message.path)
+        read = partial(self._load_model, path, self.warm_up_steps)
 
         def discard(late: LoadedModel) -> None:
             late.network.stop_sharing()

@@ -17,21 +17,21 @@ from budgetformer.cost.table import read_tables
 from service.engine.core import EngineCore, EngineOptions
 from service.engine.device import EXIT_CODE, DeviceLostError
 from service.engine.requests import Reply
-from service.ipc.connection import Say, handle_each, listening
+from service.ipc.connection import Sender, handle_each, listening
 from service.ipc.engine_messages import (
     PROTOCOL,
     TO_ENGINE,
-    BatchRan,
+    BatchReport,
     Classify,
     Configure,
     Done,
     Failed,
     Hello,
     Load,
+    SubscribeBatches,
     ToEngine,
     ToFrontend,
     Unload,
-    Watch,
 )
 from service.process import resident_bytes
 from service.settings import Settings
@@ -99,8 +99,8 @@ class EngineServer:
         self.receive: Callable[[ToEngine, Reply], None] = core.receive
         self._hang_seconds = hang_seconds
         self._exit = exit
-        self._peers: set[Say] = set()
-        self._watchers: dict[Say, int] = {}
+        self._peers: set[Sender] = set()
+        self._subscribers: dict[Sender, int] = {}
         """Number of reports dropped for each watcher since its last report."""
         core.broadcast = self._broadcast
 
@@ -133,14 +133,14 @@ class EngineServer:
             )
             self._exit(EXIT_CODE)
 
-    async def serve_connection(self, reader: asyncio.StreamReader, reply: Say) -> None:
+    async def serve_connection(self, reader: asyncio.StreamReader, reply: Sender) -> None:
         """Handle the messages of one connection until it ends."""
         reply(self._hello())
         self._peers.add(reply)
 
         def handle(message: ToEngine) -> None:
-            if isinstance(message, Watch):
-                self._watchers[reply] = 0
+            if isinstance(message, SubscribeBatches):
+                self._subscribers[reply] = 0
             elif isinstance(message, Configure):
                 set_log_level(message.log_level)
                 self.core.configure(
@@ -164,7 +164,7 @@ class EngineServer:
             await handle_each(reader, TO_ENGINE, handle, failed, "client")
         finally:
             self._peers.discard(reply)
-            self._watchers.pop(reply, None)
+            self._subscribers.pop(reply, None)
             self.core.forget(reply)
 
     async def _beat(self) -> None:
@@ -174,13 +174,13 @@ class EngineServer:
             await asyncio.sleep(HEARTBEAT_SECONDS)
 
     def _broadcast(self, message: ToFrontend) -> None:
-        if not isinstance(message, BatchRan):
+        if not isinstance(message, BatchReport):
             for reply in self._peers:
                 reply(message)
             return
-        for reply, dropped in self._watchers.items():
+        for reply, dropped in self._subscribers.items():
             report = msgspec.structs.replace(message, dropped=dropped) if dropped else message
-            self._watchers[reply] = 0 if reply(report) else dropped + 1
+            self._subscribers[reply] = 0 if reply(report) else dropped + 1
 
     def _hello(self) -> Hello:
         core = self.core

@@ -15,7 +15,7 @@ _running: set[asyncio.Task[None]] = set()
 """References to running requests, which go on for a moment after their caller has disconnected."""
 
 
-async def ask(
+async def serve_request(
     app: ASGIApp, request: HttpRequest, label: str, metadata: Mapping[str, str], peer: str
 ) -> HttpResponse:
     """Return the application's response to a request.

@@ -48,7 +48,7 @@ class HttpResponse:
         return msgspec.json.decode(self.body)
 
 
-Ask = Callable[[Message, float | None], HttpRequest]
+ToHttp = Callable[[Message, float | None], HttpRequest]
 """Converts a message, with the seconds to its deadline or None, to an HTTP request."""
 Answer = Callable[[HttpResponse, Message], dict[str, Any] | Message]
 """Converts the HTTP response to a message to the gRPC response or its fields."""
@@ -60,14 +60,14 @@ class Call:
 
     Attributes:
         service, method: names in the .proto file.
-        ask: converts the request.
+        to_http: converts the request.
         answer: converts the response.
         statuses: HTTP statuses that `answer` converts; all others are errors.
     """
 
     service: str
     method: str
-    ask: Ask
+    to_http: ToHttp
     answer: Answer
     statuses: Sequence[int] = OK
 
@@ -86,11 +86,11 @@ class Call:
         return encoded
 
 
-def _get(path: str) -> Ask:
+def _get(path: str) -> ToHttp:
     return lambda _message, _seconds: HttpRequest("GET", path)
 
 
-def _model(suffix: str = "") -> Ask:
+def _model(suffix: str = "") -> ToHttp:
     """Return a GET below the path of the model that a message names by `name` and `version`."""
     return lambda message, _seconds: HttpRequest(
         "GET", _path(message.name, message.version) + suffix
@@ -118,16 +118,16 @@ def _index(message: Message, _seconds: float | None) -> HttpRequest:
     return _post("/v2/repository/index", {"ready": message.ready})
 
 
-def _change(action: str) -> Ask:
+def _change(action: str) -> ToHttp:
     """Load or unload the model that a message names; values of parameters are left out."""
 
-    def ask(message: Message, _seconds: float | None) -> HttpRequest:
+    def to_http(message: Message, _seconds: float | None) -> HttpRequest:
         if not message.model_name:
             raise ApiError(400, "the call names no model", "model", "missing_field")
         path = f"/v2/repository/models/{_segment(message.model_name)}/{action}"
         return _post(path, {"parameters": dict.fromkeys(message.parameters)})
 
-    return ask
+    return to_http
 
 
 def _infer(message: Message, seconds: float | None) -> HttpRequest:

@@ -17,7 +17,7 @@ from typing import Any
 import grpc
 from fastapi import FastAPI
 
-from service.grpc.application import ask
+from service.grpc.application import serve_request
 from service.grpc.calls import CALLS, Call, HttpRequest
 from service.grpc.messages import Message, decode, messages_of
 from service.http.bodies import max_values
@@ -129,7 +129,7 @@ class InferenceServer:
         message = None
         try:
             message = await self._receive(call, messages)
-            request = call.ask(message, self._seconds(context))
+            request = call.to_http(message, self._seconds(context))
         except ApiError as error:
             # The application raises it on reading the body, so the key is checked before, and the
             # call is counted.
@@ -137,7 +137,7 @@ class InferenceServer:
         metadata = {
             name: v for name, v in context.invocation_metadata() if name in _REQUEST_HEADERS
         }
-        response = await ask(self._app, request, call.label, metadata, context.peer())
+        response = await serve_request(self._app, request, call.label, metadata, context.peer())
         headers = response.headers
         trailing = tuple((name, headers[name]) for name in _RESPONSE_HEADERS if name in headers)
         if response.status not in call.statuses or request.refusal is not None:

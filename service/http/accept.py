@@ -38,6 +38,14 @@ def _weight(text: str) -> float:
     return float(text) if re.fullmatch(r"(0(\.\d{0,3})?|1(\.0{0,3})?)", text) else 0.0
 
 
+def _weights(accept: str) -> dict[str, float]:
+    """Return the highest weight of each media range or coding."""
+    weights: dict[str, float] = {}
+    for kind, _, weight in choices(accept):
+        weights[kind] = max(weights.get(kind, 0.0), weight)
+    return weights
+
+
 def prefers_openmetrics(accept: str) -> bool:
     """Return whether an Accept header asks for OpenMetrics 1.0.0 rather than Prometheus text."""
     weights = {"application/openmetrics-text": 0.0, "text/plain": 0.0}
@@ -57,17 +65,13 @@ def prefers_arrow(accept: str) -> bool:
     """
     if ARROW not in accept.lower():
         return False
-    weights: dict[str, float] = {}
-    for kind, _, weight in choices(accept):
-        weights[kind] = max(weights.get(kind, 0.0), weight)
+    weights = _weights(accept)
     json = next((weights[kind] for kind in JSON if kind in weights), 0.0)
     return weights.get(ARROW, 0.0) > json
 
 
 def prefers_gzip(accept_encoding: str) -> bool:
     """Return whether an Accept-Encoding header allows gzip with at least the weight of identity."""
-    weights: dict[str, float] = {}
-    for kind, _, weight in choices(accept_encoding):
-        weights[kind] = max(weights.get(kind, 0.0), weight)
+    weights = _weights(accept_encoding)
     gzip = next((weights[name] for name in ("gzip", "x-gzip", "*") if name in weights), 0.0)
     return gzip > 0 and gzip >= weights.get("identity", 0.0)

@@ -19,13 +19,13 @@ from service.http import (
     health,
     job_routes,
     kserve,
+    model_routes,
     playground,
     rollout_routes,
     sagemaker,
     settings_routes,
     tei,
 )
-from service.http import model_routes as api_models
 from service.http.authentication import document_keys
 from service.http.compression import Compress
 from service.http.connections import ConnectionLimits, GuardedProtocol
@@ -158,7 +158,7 @@ def create_app(
     for module in (
         classify,
         health,
-        api_models,
+        model_routes,
         rollout_routes,
         settings_routes,
         job_routes,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import zlib
 from concurrent.futures import Executor
+from dataclasses import dataclass
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -20,21 +21,21 @@ GZIP_FORMAT = 31
 """Window bits for which zlib writes the gzip format."""
 
 
+@dataclass(frozen=True)
 class Compress:
     """Compress responses with gzip if the client prefers it.
 
-    Streams, probes and responses with a Content-Encoding are not changed.
+    Streams, probes, files with ranges and responses with a Content-Encoding are not changed.
 
-    Args:
+    Attributes:
         app: application.
         min_bytes: minimum size of a body to compress.
         threads: executor for bodies above `MAX_LOOP_BYTES`.
     """
 
-    def __init__(self, app: ASGIApp, min_bytes: int, threads: Executor) -> None:
-        self.app = app
-        self._min_bytes = min_bytes
-        self._threads = threads
+    app: ASGIApp
+    min_bytes: int
+    threads: Executor
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -60,8 +61,9 @@ class Compress:
         """Return the body message to send, and update the headers in `start`."""
         headers = MutableHeaders(raw=start["headers"])
         body = message.get("body", b"")
-        whole = not message.get("more_body") and "content-encoding" not in headers
-        large = whole and len(body) >= self._min_bytes
+        fixed = "content-encoding" in headers or "accept-ranges" in headers
+        whole = not message.get("more_body") and not fixed
+        large = whole and len(body) >= self.min_bytes
         if large or start["status"] == 304:
             headers.add_vary_header("Accept-Encoding")
         if not large:
@@ -72,7 +74,7 @@ class Compress:
             compressed = _gzip(body)
         else:
             loop = asyncio.get_running_loop()
-            compressed = await loop.run_in_executor(self._threads, _gzip, body)
+            compressed = await loop.run_in_executor(self.threads, _gzip, body)
         headers["Content-Encoding"] = "gzip"
         headers["Content-Length"] = str(len(compressed))
         return {**message, "body": compressed}

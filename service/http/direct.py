@@ -64,30 +64,28 @@ def _direct_route(route: Route, method: str, routes: list[Route]) -> DirectRoute
     return DirectRoute(route, dependencies, endpoint)
 
 
+@dataclass(frozen=True)
 class Direct:
     """Serve some routes without routing and dependency injection, a fifth of a frontend's time.
 
     The routes are declared and documented like all others, and `direct_routes` has checked that
     FastAPI would do nothing else for them. FastAPI's `dependency_overrides` are ignored.
 
-    Args:
+    Attributes:
         app: application that serves all other routes.
         routes: direct routes by method and path.
         dialects: error responses.
     """
 
-    def __init__(
-        self, app: ASGIApp, routes: Mapping[tuple[str, str], DirectRoute], dialects: Dialects
-    ) -> None:
-        self.app = app
-        self._routes = routes
-        self._dialects = dialects
+    app: ASGIApp
+    routes: Mapping[tuple[str, str], DirectRoute]
+    dialects: Dialects
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         route = None
         if scope["type"] == "http":
-            route = self._routes.get((scope["method"], scope["path"]))
+            route = self.routes.get((scope["method"], scope["path"]))
         if route is None:
             await self.app(scope, receive, send)
             return
@@ -102,5 +100,5 @@ class Direct:
                 await dependency(request)
             response = await route.endpoint(request)
         except (ApiError, HTTPException) as error:
-            response = self._dialects.answer(scope, error)
+            response = self.dialects.answer(scope, error)
         await response(scope, receive, send)

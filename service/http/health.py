@@ -12,14 +12,14 @@ from service.http.errors import ApiError, errors_as
 from service.http.responses import json_response
 from service.http.schemas import ErrorResponse
 from service.http.state import State, from_hub, state_of
-from service.ipc.control_messages import Scrape, TellRecent
+from service.ipc.control_messages import GetRecentTraffic, Scrape
 from service.ipc.hub_client import SILENCE_LIMIT
 
 router = APIRouter(tags=["operations"], responses=errors_as(ErrorResponse))
 
 
 class Exposition(Response):
-    """Metrics, in the form that is asked for."""
+    """Metrics, in the format that the request accepts."""
 
     media_type = "text/plain"
 
@@ -45,7 +45,7 @@ async def ready(request: Request) -> Response:
 @router.get(
     "/health",
     summary="The whole picture",
-    responses={503: {"description": "It cannot classify now; the picture says why"}},
+    responses={503: {"description": "The server cannot classify now; `reason` has the cause"}},
 )
 async def health(request: Request) -> Response:
     """Describe components, engines and models; the status is that of `/health/ready`.
@@ -61,7 +61,7 @@ async def health(request: Request) -> Response:
             "alive": client.alive,
             "pid": client.hello.pid if client.hello else None,
             "device": client.hello.device if client.hello else None,
-            "heartbeat_age_seconds": round(now - client.heard, 3) if client.heard else None,
+            "heartbeat_age_seconds": round(now - client.last_seen, 3) if client.last_seen else None,
             "in_flight_items": client.items_in_flight,
             "models": [f"{name}:{version}" for name, version in sorted(client.models)],
         }
@@ -72,7 +72,7 @@ async def health(request: Request) -> Response:
         "reason": reason,
         "models": [f"{name}:{version}" for name, version in sorted(state.engines.models)],
         "errors": _errors(state),
-        "crash_loops": list(state.hub.serving.crash_loops.values()),
+        "crash_loops": list(state.hub.catalog.crash_loops.values()),
         "components": _components(state, now),
         "engines": engines,
     }
@@ -82,47 +82,51 @@ async def health(request: Request) -> Response:
 @router.get("/metrics", summary="Prometheus metrics", response_class=Exposition)
 async def metrics(request: Request) -> Response:
     """Expose all series, as Prometheus text or OpenMetrics, whichever is accepted."""
-    return await shown(request, Scrape(0, prefers_openmetrics(accepted(request))))
+    return await query_hub(request, Scrape(0, prefers_openmetrics(accepted(request))))
 
 
-async def shown(request: Request, question: Scrape | TellRecent) -> Response:
-    """Return what the hub has to show.
+async def query_hub(request: Request, query: Scrape | GetRecentTraffic) -> Response:
+    """Return the answer of the hub to a query.
 
     Raises:
         ApiError: see `from_hub`.
     """
-    answer = await from_hub(state_of(request).hub.show(question))
+    answer = await from_hub(state_of(request).hub.query(query))
     return Response(answer.content, media_type=answer.media_type)
 
 
 def _components(state: State, now: float) -> dict[str, Any]:
     hub, frontends = state.hub, state.settings.fronts
     silent = hub.silent_seconds > SILENCE_LIMIT
-    told = None if silent else hub.alive
-    tasks = {} if told is None else told.tasks
+    heartbeat = None if silent else hub.heartbeat
+    tasks = {} if heartbeat is None else heartbeat.tasks
     alive, engines = len(state.engines.alive), len(state.engines.clients)
     return {
         "hub": {
             "status": "down" if silent else "ok",
-            "last_word_age_seconds": round(now - hub.heard, 3),
+            "last_word_age_seconds": round(now - hub.last_seen, 3),
         },
         "supervisor": {
-            "status": "unknown" if told is None else "degraded" if any(tasks.values()) else "ok",
+            "status": "unknown"
+            if heartbeat is None
+            else "degraded"
+            if any(tasks.values())
+            else "ok",
             "tasks": {name: why or "ok" for name, why in tasks.items()},
         },
         "engines": {"status": _share(alive, engines), "alive": alive, "configured": engines},
         "frontends": {
-            "status": "unknown" if told is None else _share(told.frontends, frontends),
-            "connected": None if told is None else told.frontends,
+            "status": "unknown" if heartbeat is None else _share(heartbeat.frontends, frontends),
+            "connected": None if heartbeat is None else heartbeat.frontends,
             "configured": frontends,
         },
     }
 
 
-def _share(there: int, configured: int) -> str:
-    if there >= configured > 0:
+def _share(running: int, configured: int) -> str:
+    if running >= configured > 0:
         return "ok"
-    return "degraded" if there else "down"
+    return "degraded" if running else "down"
 
 
 def _errors(state: State) -> list[str]:
@@ -130,17 +134,17 @@ def _errors(state: State) -> list[str]:
     stalled = (
         [f"the supervisor has been silent for {silent:.0f} s"] if silent > SILENCE_LIMIT else []
     )
-    return [*state.hub.serving.errors, *stalled]
+    return [*state.hub.catalog.errors, *stalled]
 
 
 def why_not_ready(state: State) -> str | None:
     """Return why this server cannot classify now; None: it can."""
     if state.admission.draining:
         return "the server is shutting down"
-    serving = state.hub.serving
+    catalog = state.hub.catalog
     if state.models.default is None:
-        return "no model is served: " + ("; ".join(serving.errors) or "the store is empty")
-    engines = [why for name, why in serving.crash_loops.items() if name.startswith("engine-")]
+        return "no model is served: " + ("; ".join(catalog.errors) or "the store is empty")
+    engines = [why for name, why in catalog.crash_loops.items() if name.startswith("engine-")]
     if engines and len(engines) >= len(state.engines.clients):
         return "; ".join(engines)
     if not state.engines.alive:
@@ -150,15 +154,15 @@ def why_not_ready(state: State) -> str | None:
         return f"the default model {state.models.default} is not served"
     checkpoint = served.checkpoint
     if (checkpoint.name, checkpoint.version) not in state.engines.models:
-        return "; ".join(serving.errors) or f"{checkpoint.label} is still loading"
+        return "; ".join(catalog.errors) or f"{checkpoint.label} is still loading"
     return _why_not_all(state) if state.settings.ready_when == "all" else None
 
 
 def _why_not_all(state: State) -> str | None:
-    serving, loaded = state.hub.serving, state.engines.models
-    missing = [f"{m.name}:{m.version}" for m in serving.models if (m.name, m.version) not in loaded]
+    catalog, loaded = state.hub.catalog, state.engines.models
+    missing = [f"{m.name}:{m.version}" for m in catalog.models if (m.name, m.version) not in loaded]
     if missing:
-        return "; ".join(serving.errors) or f"still loading: {', '.join(sorted(missing))}"
-    if state.hub.alive is None or not state.hub.alive.equipped:
-        return "; ".join(serving.crash_loops.values()) or "an engine is still loading models"
+        return "; ".join(catalog.errors) or f"still loading: {', '.join(sorted(missing))}"
+    if state.hub.heartbeat is None or not state.hub.heartbeat.equipped:
+        return "; ".join(catalog.crash_loops.values()) or "an engine is still loading models"
     return None

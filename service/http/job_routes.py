@@ -23,7 +23,7 @@ from service.http.errors import ApiError, ClientGoneError, errors_as
 from service.http.responses import json_response
 from service.http.schemas import ErrorResponse, JobOptions, JobRequest
 from service.http.state import State, state_of
-from service.ipc.control_messages import Trouble
+from service.ipc.control_messages import ProblemReport
 from service.job_store import (
     JobDescription,
     JobProgress,
@@ -157,28 +157,25 @@ async def submit(request: Request) -> Response:
     """
     state = state_of(request)
     if state.settings.cluster:
-        raise ApiError(501, "jobs do not run on a Ray cluster", code="not_supported")
+        message = "jobs are not supported on a Ray cluster; send the texts to /classify"
+        raise ApiError(501, message, code="not_supported")
     state.admission.refuse_if_draining()
+    options: JobOptions
+    source: str | None = None
     if _media_type(request) == "application/json":
-        body = await read_body(request, JobRequest, state.settings.max_body_bytes)
-        _check_source(state, body.source)
-        kind = SUFFIXES.get(PurePosixPath(unquote(without_query(body.source))).suffix.lower())
-        if kind is None:
-            message = "source must end in .csv, .jsonl, .ndjson or .parquet"
-            raise ApiError(422, message, "source", "invalid_field")
-        description = _describe(request, state, body, kind, body.source)
-        async with _storing(state, description, 0) as upload:
-            job = await asyncio.to_thread(upload.accept, description)
+        options = body = await read_body(request, JobRequest, state.settings.max_body_bytes)
+        source, kind = body.source, _kind_of_source(state, body.source)
     else:
         kind = _kind(request)
         options = validate(_query(request), JobOptions)
-        description = _describe(request, state, options, kind, None)
-        size = _declared(request, state.settings.max_job_bytes)
-        async with _storing(state, description, size) as upload:
+    description = _describe(request, state, options, kind, source)
+    size = 0 if source else _declared(request, state.settings.max_job_bytes)
+    async with _storing(state, description, size) as upload:
+        if source is None:
             await _receive(request, state, upload)
-            job = await asyncio.to_thread(upload.accept, description)
+        job = await asyncio.to_thread(upload.accept, description)
     location = f"{request.scope.get('root_path', '')}{PATH}/{description.id}"
-    return json_response(_shown(job, JobProgress()), 202, {"Location": location})
+    return json_response(_job_response(job, JobProgress()), 202, {"Location": location})
 
 
 @router.get(PATH, summary="Jobs", response_model=JobList)
@@ -186,7 +183,7 @@ async def list_jobs(request: Request) -> Response:
     """List the caller's jobs, newest first; all jobs, for a key with the scope `admin`."""
     jobs = await asyncio.to_thread(state_of(request).jobs.jobs)
     own = [job for job in jobs if _may_see(request, job)]
-    data = await asyncio.to_thread(lambda: [_shown(job, job.progress()) for job in own])
+    data = await asyncio.to_thread(lambda: [_job_response(job, job.progress()) for job in own])
     return json_response({"object": "list", "data": data})
 
 
@@ -194,7 +191,7 @@ async def list_jobs(request: Request) -> Response:
 async def show_job(request: Request, job: str) -> Response:
     """Return the state and progress of a job."""
     found = await _find(request, job)
-    return json_response(_shown(found, await asyncio.to_thread(found.progress)))
+    return json_response(_job_response(found, await asyncio.to_thread(found.progress)))
 
 
 @router.get(
@@ -208,8 +205,9 @@ async def job_result(request: Request, job: str) -> Response:
     found = await _find(request, job)
     progress = await asyncio.to_thread(found.progress)
     if progress.status != "finished":
-        why = f": {progress.error}" if progress.error else ""
-        message = f"the job is {progress.status}, so it has no result{why}"
+        message = f"the job is {progress.status}; it has a result once it is finished"
+        if progress.error:
+            message = f"the job failed, so it has no result: {progress.error}"
         raise ApiError(409, message, code="no_result")
     kind = found.description.result_kind
     return FileResponse(
@@ -227,7 +225,7 @@ async def remove_job(request: Request, job: str) -> Response:
         await asyncio.to_thread(state.jobs.remove, found)
     if progress.unfinished:
         progress = msgspec.structs.replace(progress, status="cancelled", seconds_left=None)
-    return json_response(_shown(found, progress))
+    return json_response(_job_response(found, progress))
 
 
 def _media_type(request: Request) -> str:
@@ -239,7 +237,7 @@ def _kind(request: Request) -> Kind:
     kind = KINDS.get(_media_type(request))
     if kind is None or request.headers.get("content-encoding", "identity").lower() != "identity":
         known = ", ".join((*KINDS, "application/json"))
-        message = f"the body may be {known}, and not compressed"
+        message = f"the body must be uncompressed, with one of the content types {known}"
         raise ApiError(415, message, code="unsupported_media_type")
     return kind
 
@@ -255,14 +253,22 @@ def _query(request: Request) -> dict[str, Any]:
     return given
 
 
-def _check_source(state: State, url: str) -> None:
+def _kind_of_source(state: State, url: str) -> Kind:
+    """Return the file format of the file at a URL, after a check that jobs may read it."""
     try:
         allowed = is_allowed(url, state.settings.job_sources)
     except ValueError as error:
         raise ApiError(422, str(error), "source", "invalid_field") from None
     if not allowed:
-        message = "this server does not read from there (its setting job_sources says from where)"
+        message = (
+            "the server's setting job_sources does not allow this URL; upload the file instead"
+        )
         raise ApiError(422, message, "source", "source_not_allowed")
+    kind = SUFFIXES.get(PurePosixPath(unquote(without_query(url))).suffix.lower())
+    if kind is None:
+        message = f"the file name in source must end in {', '.join(SUFFIXES)}"
+        raise ApiError(422, message, "source", "invalid_field")
+    return kind
 
 
 def _describe(
@@ -278,7 +284,10 @@ def _describe(
     quality = quality_of(state, checkpoint, options.quality, heads=options.heads)
     result = options.format or kind
     if "parquet" in (kind, result) and find_spec("pyarrow") is None:
-        message = "this server has no Parquet: it needs pyarrow ('budgetformer-serving[parquet]')"
+        message = (
+            "Parquet needs pyarrow on the server (pip install 'budgetformer-serving[parquet]'); "
+            "use CSV or JSONL"
+        )
         raise ApiError(415, message, code="unsupported_media_type")
     # A job has no deadline, so overload does not lower its quality.
     level = DEFAULT_QUALITY if quality == "auto" else quality
@@ -309,7 +318,7 @@ def _declared(request: Request, limit: int) -> int:
 
 
 def _too_large(limit: int) -> ApiError:
-    message = f"the file is larger than {limit} bytes (the setting max_job_bytes)"
+    message = f"the file is larger than {limit} bytes, the server's max_job_bytes; split it"
     return ApiError(413, message, code="body_too_large")
 
 
@@ -348,7 +357,9 @@ async def _receive(request: Request, state: State, upload: Upload) -> None:
             async with asyncio.timeout_at(until):
                 part = await request.receive()
         except TimeoutError:
-            message = f"the file arrives at less than {MIN_BYTES_PER_SECOND} bytes per second"
+            message = (
+                f"the upload is slower than {MIN_BYTES_PER_SECOND} bytes per second; send it faster"
+            )
             raise ApiError(408, message, code="request_timeout") from None
         if part["type"] == "http.disconnect":
             raise ClientGoneError
@@ -380,10 +391,12 @@ def _reported(state: State) -> Iterator[None]:
         raise ApiError(429, str(error), code="too_many_jobs", retry_after=FULL_SECONDS) from None
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        state.hub.say(Trouble("storing jobs", f"{state.jobs.folder} cannot be written: {reason}"))
-        message = f"the server cannot store jobs: {reason}"
+        state.hub.send(
+            ProblemReport("storing jobs", f"{state.jobs.folder} cannot be written: {reason}")
+        )
+        message = f"the server cannot store jobs: {reason}; try again later"
         raise ApiError(503, message, code="jobs_unavailable", retry_after=FULL_SECONDS) from None
-    state.hub.say(Trouble("storing jobs", None))
+    state.hub.send(ProblemReport("storing jobs", None))
 
 
 async def _find(request: Request, job_id: str) -> StoredJob:
@@ -394,7 +407,7 @@ async def _find(request: Request, job_id: str) -> StoredJob:
     """
     job = await asyncio.to_thread(state_of(request).jobs.get, job_id)
     if job is None or not _may_see(request, job):
-        raise ApiError(404, "there is no such job", "job", "unknown_job")
+        raise ApiError(404, "there is no such job; GET /jobs lists your jobs", "job", "unknown_job")
     return job
 
 
@@ -403,7 +416,7 @@ def _may_see(request: Request, job: StoredJob) -> bool:
     return caller.name == job.description.owner or "admin" in caller.scopes
 
 
-def _shown(job: StoredJob, progress: JobProgress) -> dict[str, Any]:
+def _job_response(job: StoredJob, progress: JobProgress) -> dict[str, Any]:
     """Return a job as plain data of `JobResponse`."""
     described = job.description
     source = described.source and without_query(described.source)

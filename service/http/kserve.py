@@ -18,7 +18,7 @@ from service.http.authentication import needs
 from service.http.bodies import describe_body, max_values, parse, read_body, read_bytes, validate
 from service.http.classify import respond
 from service.http.errors import CLASSIFYING, ApiError, errors_as, shorten
-from service.http.health import why_not_ready
+from service.http.health import ready
 from service.http.kserve_inputs import INPUTS, TOKENS, read_inputs
 from service.http.model_routes import MAX_LOAD_BYTES, load, unload
 from service.http.responses import json_response
@@ -127,9 +127,7 @@ async def server_live() -> Response:
 @router.get("/health/ready", summary="Can it classify now? (KServe)")
 async def server_ready(request: Request) -> Response:
     """Answer as `/health/ready` does."""
-    reason = why_not_ready(state_of(request))
-    if reason:
-        raise ApiError(503, reason, code="not_ready", retry_after=1)
+    await ready(request)
     return json_response({"ready": True})
 
 
@@ -277,10 +275,10 @@ def _outputs(requested: list[InferOutput]) -> list[tuple[Output, InferOutput]]:
     outputs = []
     for one in requested:
         if one.name not in OUTPUTS:
-            message = f"unexpected output {shorten(one.name)!r}; there are {', '.join(OUTPUTS)}"
+            message = f"unknown output {shorten(one.name)!r}; the outputs are {', '.join(OUTPUTS)}"
             raise ApiError(422, message, "outputs", "invalid_field")
         if one.top_classes and one.name != "probs":
-            message = f"output {one.name!r} cannot be ranked by class; 'probs' can"
+            message = f"the parameter classification is for output 'probs', not for {one.name!r}"
             raise ApiError(422, message, "outputs", "invalid_field")
         outputs.append((OUTPUTS[one.name], one))
     return outputs
@@ -322,14 +320,12 @@ async def repository_index(request: Request) -> Response:
 
 
 def _index_row(state: State, name: str, version: int) -> dict[str, str]:
-    served = state.models.served.get(name)
-    loading = f"{name}:{version}" in state.hub.serving.loading
+    model = state.models.served.get(name)
+    served = model is not None and model.checkpoint.version == version
     phase, reason = "UNAVAILABLE", "not served"
-    if served is not None and served.checkpoint.version == version:
-        ready = (name, version) in state.engines.models
-        phase, reason = ("READY", "") if ready else ("LOADING", "")
-    elif loading:
-        phase, reason = "LOADING", ""
+    if served or f"{name}:{version}" in state.hub.catalog.loading:
+        loaded = served and (name, version) in state.engines.models
+        phase, reason = "READY" if loaded else "LOADING", ""
     return {"name": name, "version": str(version), "state": phase, "reason": reason}
 
 
@@ -343,7 +339,9 @@ async def repository_load(request: Request, name: str) -> Response:
     """Load a model as `/models/{name}/load` does."""
     body = await read_body(request, RepositoryRequest, MAX_LOAD_BYTES, RepositoryRequest())
     if body.parameters:
-        message = "a checkpoint is its own configuration: load takes no parameters"
+        message = (
+            "load takes no parameters, since the checkpoint has its configuration; remove them"
+        )
         raise ApiError(422, message, "parameters", "invalid_field")
     await load(request, name, None)
     return json_response({})

@@ -67,7 +67,10 @@ def read_inputs(given: Sequence[InferInput], binary: memoryview, checkpoint: Che
     }
     inputs = _read(tensors, blobs, checkpoint)
     if ends[-1] != len(binary):
-        message = f"{len(binary)} bytes follow the JSON, but the inputs' sizes add up to {ends[-1]}"
+        message = (
+            f"{len(binary)} bytes follow the JSON, but the inputs' binary_data_size add up to "
+            f"{ends[-1]}; the two must be equal"
+        )
         raise ApiError(422, message, "inputs", "invalid_field")
     return inputs
 
@@ -76,11 +79,16 @@ def _read(
     tensors: dict[str, InferInput], blobs: dict[str, memoryview | None], checkpoint: Checkpoint
 ) -> Inputs:
     if len({name in TOKENS for name in tensors}) > 1:
-        message = f"{', '.join(tensors)} stand together: give either texts or tokens"
+        message = (
+            f"the inputs {', '.join(tensors)} cannot be combined: send texts ({TEXT}, {TEXT_PAIR}) "
+            f"or tokens ({', '.join(TOKENS)})"
+        )
         raise ApiError(422, message, "inputs", "invalid_field")
     main = IDS if any(name in TOKENS for name in tensors) else TEXT
     if main not in tensors:
-        raise ApiError(422, f"input {main!r} is missing", "inputs", "missing_field")
+        raise ApiError(
+            422, f"the required input {main!r} is missing; add it", "inputs", "missing_field"
+        )
     if main == IDS:
         columns = {
             name: read_integers(name, tensor.datatype, tensor.shape, tensor.data, blobs[name])
@@ -99,11 +107,15 @@ def _named(given: Sequence[InferInput]) -> dict[str, InferInput]:
     tensors: dict[str, InferInput] = {}
     for tensor in given:
         name = tensor.name
-        if name not in INPUTS or name in tensors:
-            message = f"unexpected input {shorten(name)!r}; there are {', '.join(INPUTS)}"
+        if name not in INPUTS:
+            message = f"unknown input {shorten(name)!r}; the inputs are {', '.join(INPUTS)}"
+            raise ApiError(422, message, "inputs", "invalid_field")
+        if name in tensors:
+            message = f"input {name!r} is given twice; send it once"
             raise ApiError(422, message, "inputs", "invalid_field")
         if tensor.datatype not in INPUTS[name]:
-            message = f"the datatype of input {name!r} must be {' or '.join(INPUTS[name])}"
+            allowed = " or ".join(INPUTS[name])
+            message = f"input {name!r} has the datatype {tensor.datatype}; it must be {allowed}"
             raise ApiError(422, message, name, "invalid_field")
         tensors[name] = tensor
     return tensors
@@ -113,7 +125,10 @@ def _items(texts: list[str], pairs: list[str] | None) -> list[str | TextPair]:
     if pairs is None:
         return list(texts)
     if len(pairs) != len(texts):
-        message = f"{TEXT!r} has {len(texts)} elements, {TEXT_PAIR!r} has {len(pairs)}"
+        message = (
+            f"input {TEXT!r} has {len(texts)} elements, but {TEXT_PAIR!r} has {len(pairs)}; "
+            "send one pair for each text"
+        )
         raise ApiError(422, message, TEXT_PAIR, "invalid_shape")
     return [
         TextPair(text=text, text_pair=pair) if pair else text
@@ -126,7 +141,10 @@ def _tokens(ids: Array, mask: Array | None, types: Array | None, checkpoint: Che
     width = ids.shape[1]
     limit, architecture = checkpoint.manifest.max_tokens, checkpoint.architecture
     if width > limit:
-        message = f"{IDS!r} has rows of {width}, the model reads {limit} tokens: ids are never cut"
+        message = (
+            f"input {IDS!r} has rows of {width} tokens, but the model reads at most {limit}; "
+            "shorten them, since token ids are not truncated"
+        )
         raise ApiError(422, message, IDS, "text_too_long")
     for name, values, upper in (
         (IDS, ids, architecture.vocab_size),
@@ -139,8 +157,8 @@ def _tokens(ids: Array, mask: Array | None, types: Array | None, checkpoint: Che
     lengths = kept.sum(-1, dtype=np.int32)
     gaps = (kept[:, 1:] & ~kept[:, :-1]).any(-1)
     for wrong, problem in (
-        (gaps, "has a 1 behind a 0: padding follows the tokens"),
-        (lengths == 0, "is 0 throughout: an item has at least one token"),
+        (gaps, "has a 1 after a 0; padding must follow the tokens"),
+        (lengths == 0, "has no 1; an item needs at least one token"),
     ):
         if wrong.any():
             place = f"{MASK}[{wrong.argmax()}]"
@@ -155,10 +173,14 @@ def _tokens(ids: Array, mask: Array | None, types: Array | None, checkpoint: Che
 def _check(name: str, values: Array, shape: tuple[int, ...], upper: int) -> None:
     """Check that a tensor has the shape of the ids, and values from 0 to `upper` - 1."""
     if values.shape != shape:
-        message = f"{IDS!r} has the shape {list(shape)}, {name!r} has {list(values.shape)}"
+        message = (
+            f"input {name!r} has the shape {list(values.shape)}, but {IDS!r} has {list(shape)}; "
+            "the two must be equal"
+        )
         raise ApiError(422, message, name, "invalid_shape")
     wrong = (values < 0) | (values >= upper)
     if wrong.any():
         row, column = divmod(int(wrong.argmax()), shape[1])
         place = f"{name}[{row}][{column}]"
-        raise ApiError(422, f"{place} is not in 0..{upper - 1}", place, "invalid_field")
+        message = f"{place} must be from 0 to {upper - 1}"
+        raise ApiError(422, message, place, "invalid_field")

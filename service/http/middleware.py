@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import re
 import time
+from dataclasses import dataclass
 
 import structlog
 from opentelemetry import trace
@@ -41,6 +42,8 @@ _HSTS = (b"strict-transport-security", b"max-age=31536000")
 
 _ADDED = ("route", "outcome", "refusal")
 """Entries that the application adds to the scope of a request for `Observe`."""
+_PATHSEND = "http.response.pathsend"
+"""ASGI extension: the application sends the path of a file instead of its content."""
 _W3C = TraceContextTextMapPropagator()
 
 
@@ -103,8 +106,8 @@ class Observe:
             if begun:
                 # A new exception, because the message of the first may hold a text.
                 raise ConnectionAbortedError("the answer was cut off") from None
-            told = ApiError(500, "something went wrong in the server; its log says what")
-            response = self.dialects.response(scope["method"], scope["path"], told)
+            internal = ApiError(500, "internal error; the server's log has the cause")
+            response = self.dialects.response(scope["method"], scope["path"], internal)
             await response(scope, receive, send_named)
         finally:
             self.admission.end(scope["state"])
@@ -141,15 +144,11 @@ class Observe:
         write("request", route=route, status=status, outcome=outcome, ms=milliseconds, **names)
 
 
+@dataclass(frozen=True)
 class Head:
-    """Answer HEAD like GET, without the body.
+    """Answer HEAD like GET, without the body."""
 
-    Args:
-        app: application.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    app: ASGIApp
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -158,29 +157,38 @@ class Head:
             return
 
         async def send_head(message: Message) -> None:
-            if message["type"] == "http.response.body":
+            if message["type"] == _PATHSEND:
+                message = {"type": "http.response.body"}
+            elif message["type"] == "http.response.body":
                 message = {**message, "body": b""}
             await send(message)
 
         # Uvicorn reads the method from its scope, so it must not change there.
-        get_scope = {**scope, "method": "GET"}
+        get_scope = {
+            **scope,
+            "method": "GET",
+            # Only GET has ranges (RFC 9110, 14.2).
+            "headers": [one for one in scope["headers"] if one[0] != b"range"],
+            # Files are then passed as paths, which nobody reads.
+            "extensions": {**scope.get("extensions", {}), _PATHSEND: {}},
+        }
         await self.app(get_scope, receive, send_head)
         scope.update({name: get_scope[name] for name in _ADDED if name in get_scope})
 
 
+@dataclass(frozen=True)
 class OperationsPort:
     """Serve metrics only on a second port, and nothing else there except probes.
 
-    Args:
+    Attributes:
         app: application.
         port: second port.
         dialects: error responses.
     """
 
-    def __init__(self, app: ASGIApp, port: int, dialects: Dialects) -> None:
-        self.app = app
-        self.port = port
-        self.dialects = dialects
+    app: ASGIApp
+    port: int
+    dialects: Dialects
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or answer 404 on the wrong port."""

@@ -19,11 +19,11 @@ from service.http.responses import json_response
 from service.http.schemas import ErrorResponse, RequestBody, TokenizeRequest, TokenizeResponse
 from service.http.state import from_hub, state_of
 from service.ipc.control_messages import (
-    Changed,
     ChangeFailed,
     ChangeModel,
     ChangeRollOut,
     FromHub,
+    ModelChanged,
 )
 from service.pipeline.served_models import Candidate
 
@@ -131,12 +131,12 @@ async def unload(request: Request, name: str) -> str:
 
 
 async def _change(request: Request, wanted: ChangeModel) -> str:
-    answer = await ask_for_change(request, wanted)
-    assert isinstance(answer, Changed)
+    answer = await request_change(request, wanted)
+    assert isinstance(answer, ModelChanged)
     return answer.label
 
 
-async def ask_for_change(request: Request, wanted: ChangeModel | ChangeRollOut) -> FromHub:
+async def request_change(request: Request, wanted: ChangeModel | ChangeRollOut) -> FromHub:
     """Have the hub make a change of the served models, and return its answer.
 
     Raises:

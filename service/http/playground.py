@@ -12,9 +12,9 @@ from fastapi.responses import HTMLResponse
 
 from service.http.authentication import needs
 from service.http.errors import ApiError
-from service.http.health import shown
+from service.http.health import query_hub
 from service.http.state import state_of
-from service.ipc.control_messages import TellRecent
+from service.ipc.control_messages import GetRecentTraffic
 
 router = APIRouter(tags=["playground"])
 
@@ -91,7 +91,7 @@ async def docs(request: Request) -> Response:
 async def recent(request: Request, model: str | None = None) -> Response:
     """Tell what a model's texts took in the last minutes."""
     state = state_of(request)
-    return await shown(request, TellRecent(0, state.model(model).checkpoint.name))
+    return await query_hub(request, GetRecentTraffic(0, state.model(model).checkpoint.name))
 
 
 @router.get(FILE_ROUTE, include_in_schema=False)

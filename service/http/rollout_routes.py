@@ -11,9 +11,9 @@ from budgetformer.checkpoint.manifest import MAX_VERSION
 from service.http.authentication import needs
 from service.http.bodies import describe_body, read_body
 from service.http.errors import errors_as
-from service.http.model_routes import MAX_LOAD_BYTES, ask_for_change
+from service.http.model_routes import MAX_LOAD_BYTES, request_change
 from service.http.schemas import ErrorResponse, RequestBody
-from service.ipc.control_messages import ChangeRollOut, Shown
+from service.ipc.control_messages import ChangeRollOut, ContentReply
 
 router = APIRouter(
     tags=["roll-outs"], responses=errors_as(ErrorResponse), dependencies=[needs("admin")]
@@ -62,28 +62,28 @@ async def begin(request: Request, name: str) -> Response:
     """
     body = await read_body(request, RollOutRequest, MAX_LOAD_BYTES, default=RollOutRequest())
     given = body.model_dump(exclude={"version"}, exclude_unset=True)
-    return await _shown(request, ChangeRollOut(0, "begin", name, body.version, given))
+    return await _change_rollout(request, ChangeRollOut(0, "begin", name, body.version, given))
 
 
 @router.get("/models/{name}/rollout", summary="What a roll-out has measured")
 async def show(request: Request, name: str) -> Response:
     """Return the report of the last roll-out: versions, bounds, measurements, reason of its end."""
-    return await _shown(request, ChangeRollOut(0, "show", name))
+    return await _change_rollout(request, ChangeRollOut(0, "show", name))
 
 
 @router.post("/models/{name}/promote", summary="Serve the new version alone")
 async def promote(request: Request, name: str) -> Response:
     """End a roll-out and serve the candidate alone; requests in progress are answered first."""
-    return await _shown(request, ChangeRollOut(0, "promote", name))
+    return await _change_rollout(request, ChangeRollOut(0, "promote", name))
 
 
 @router.post("/models/{name}/rollback", summary="Go back to the version before")
 async def roll_back(request: Request, name: str) -> Response:
     """End a roll-out without the candidate; after a promotion, load the version before it."""
-    return await _shown(request, ChangeRollOut(0, "rollback", name))
+    return await _change_rollout(request, ChangeRollOut(0, "rollback", name))
 
 
-async def _shown(request: Request, wanted: ChangeRollOut) -> Response:
-    answer = await ask_for_change(request, wanted)
-    assert isinstance(answer, Shown)
+async def _change_rollout(request: Request, wanted: ChangeRollOut) -> Response:
+    answer = await request_change(request, wanted)
+    assert isinstance(answer, ContentReply)
     return Response(answer.content, media_type=answer.media_type)

@@ -10,7 +10,7 @@ from service.http.errors import ApiError, errors_as
 from service.http.responses import json_response
 from service.http.schemas import ErrorResponse
 from service.http.state import from_hub, state_of
-from service.ipc.control_messages import ReloadSettings, SettingsRefused, SettingsReloaded
+from service.ipc.control_messages import ReloadSettings, SettingsRejected, SettingsReloaded
 
 router = APIRouter(tags=["operations"], responses=errors_as(ErrorResponse))
 
@@ -53,13 +53,7 @@ async def reload_settings(request: Request) -> Response:
     file is invalid, nothing changes.
     """
     answer = await from_hub(state_of(request).hub.change(ReloadSettings(0)))
-    if isinstance(answer, SettingsRefused):
+    if isinstance(answer, SettingsRejected):
         raise ApiError(STATUS[answer.reason], answer.message, code=answer.reason)
     assert isinstance(answer, SettingsReloaded)
-    return json_response(
-        {
-            "changed": answer.changed,
-            "needs_restart": answer.needs_restart,
-            "waiting_for": answer.waiting_for,
-        }
-    )
+    return json_response({name: getattr(answer, name) for name in ReloadResponse.model_fields})

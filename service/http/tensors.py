@@ -59,7 +59,7 @@ def split_body(body: bytes, header_length: str | None) -> tuple[bytes, memoryvie
     if header_length is None:
         return body, memoryview(b"")
     if not header_length.isdecimal() or int(header_length) > len(body):
-        message = "Inference-Header-Content-Length must be the length of the JSON in the body"
+        message = "Inference-Header-Content-Length must be the length of the body's JSON in bytes"
         raise ApiError(400, message, code="invalid_header_length")
     length = int(header_length)
     return body[:length], memoryview(body)[length:]
@@ -74,15 +74,18 @@ def read_texts(
         ApiError: 422, the shape is invalid, or the data do not match it or are not texts.
     """
     if not shape or prod(shape) != shape[0] or shape[0] < 1:
-        message = f"input {name!r} must have the shape [items, 1] or [items], at least one item"
+        message = (
+            f"input {name!r} has the shape {list(shape)}; it must be [items] or [items, 1], "
+            "with at least one item"
+        )
         raise ApiError(422, message, name, "invalid_shape")
     _check_one_form(name, data, binary)
     texts = _flat(data) if binary is None else _unpack(name, binary)
     if len(texts) != shape[0]:
-        message = f"input {name!r} has {len(texts)} elements, but its shape says {shape[0]}"
+        message = f"input {name!r} has {len(texts)} elements, but its shape requires {shape[0]}"
         raise ApiError(422, message, name, "invalid_shape")
     if not all(isinstance(text, str) for text in texts):
-        raise ApiError(422, f"input {name!r} must hold strings", name, "invalid_field")
+        raise ApiError(422, f"input {name!r} must contain only strings", name, "invalid_field")
     return texts
 
 
@@ -99,19 +102,22 @@ def read_integers(
         ApiError: 422, the shape is invalid, or the data do not match it or are not integers.
     """
     if len(shape) != 2 or 0 in shape:
-        message = f"input {name!r} must have the shape [items, tokens], at least one of both"
+        message = (
+            f"input {name!r} has the shape {list(shape)}; it must be [items, tokens], "
+            "with at least one of each"
+        )
         raise ApiError(422, message, name, "invalid_shape")
     _check_one_form(name, data, binary)
     dtype = np.dtype(_DTYPES[datatype])
     if binary is None:
         values = _integers(name, data or [])
     elif len(binary) % dtype.itemsize:
-        message = f"the binary data of input {name!r} end within an element"
+        message = f"the binary data of input {name!r} end within an element; check binary_data_size"
         raise ApiError(422, message, name, "invalid_field")
     else:
         values = np.frombuffer(binary, dtype)
     if values.size != prod(shape) or values.ndim == 2 and values.shape != tuple(shape):
-        message = f"input {name!r} has {values.size} elements, but its shape says {list(shape)}"
+        message = f"input {name!r} has {values.size} elements, but its shape is {list(shape)}"
         raise ApiError(422, message, name, "invalid_shape")
     return values.reshape(shape)
 
@@ -122,15 +128,15 @@ def _integers(name: str, data: list[Any]) -> Array:
     try:
         return np.array(msgspec.convert(data, kind), np.int64)
     except (msgspec.ValidationError, OverflowError):
-        problem = "must hold integers, or rows of integers"
+        problem = "must contain only integers, or only rows of integers"
     except ValueError:
-        problem = "has rows of different lengths"
+        problem = "has rows of different lengths; pad them"
     raise ApiError(422, f"input {name!r} {problem}", name, "invalid_field")
 
 
 def _check_one_form(name: str, data: list[Any] | None, binary: memoryview | None) -> None:
     if (data is None) == (binary is None):
-        message = f"input {name!r} needs either `data` or `binary_data_size`"
+        message = f"input {name!r} needs either `data` or the parameter `binary_data_size`"
         raise ApiError(422, message, name, "invalid_field")
 
 
@@ -150,7 +156,7 @@ def _unpack(name: str, data: memoryview) -> list[str]:
                 raise struct.error
             texts.append(str(data[end - length : end], "utf-8"))
     except struct.error:
-        message = f"the binary data of input {name!r} end within an element"
+        message = f"the binary data of input {name!r} end within an element; check binary_data_size"
         raise ApiError(422, message, name, "invalid_field") from None
     except UnicodeDecodeError:
         item = f"{name}[{len(texts)}]"

@@ -6,7 +6,7 @@ Shapes: B texts, C labels, L layers, S steps.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -79,10 +79,8 @@ class Answers:
     @classmethod
     def none(cls, like: Answers, count: int) -> Answers:
         """Return zeros for `count` texts that are not computed yet, with the columns of `like`."""
-        columns: dict[str, Any] = {}
-        for name in COLUMNS:
-            column = getattr(like, name)
-            columns[name] = np.zeros((count, *column.shape[1:]), column.dtype)
+        shapes = {name: (count, *getattr(like, name).shape[1:]) for name in COLUMNS}
+        columns: dict[str, Any] = {name: np.zeros(shapes[name], COLUMNS[name]) for name in COLUMNS}
         return replace(like, **columns, chosen=like.chosen and [[]] * count, errors={})
 
     def with_later(self, places: list[int], later: Answers) -> Answers:
@@ -116,5 +114,8 @@ class Answers:
         return merged
 
 
-COLUMNS = [column.name for column in fields(Answers)][:8]
-"""Names of the attributes that are arrays."""
+COLUMNS = {
+    "logits": "<f4", "step": "<i4", "predicted": "<i4", "ran": "?", "heads": "<i4",
+    "macs": "<i8", "dense_macs": "<i8", "next_step": "<i4",
+}  # fmt: skip
+"""Types of the attributes of `Answers` that are arrays, by name."""

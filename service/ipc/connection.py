@@ -45,11 +45,11 @@ MAX_REPORT_BYTES = 4 * 2**20
 MAX_UNSENT_BYTES = frames.MAX_FRAME_BYTES
 """Unsent bytes above which a connection is closed, because the peer does not read."""
 
-Say = Callable[[Message], bool]
+Sender = Callable[[Message], bool]
 """Sends a message to a peer; False: it was not sent."""
 
 
-class Outlet:
+class MessageWriter:
     """Send messages to one peer, with a bounded buffer for unread bytes.
 
     Args:
@@ -71,7 +71,7 @@ class Outlet:
         """Bytes that wait because the peer has not read earlier ones."""
         return self._writer.unsent
 
-    def say(self, message: Message) -> bool:
+    def send(self, message: Message) -> bool:
         """Send a message; False: the connection is closed, or the peer does not read."""
         if self._writer.is_closing():
             return False
@@ -130,7 +130,7 @@ async def handle_each(
 
 @asynccontextmanager
 async def listening(
-    socket: Path, serve: Callable[[asyncio.StreamReader, Say], Awaitable[None]]
+    socket: Path, serve: Callable[[asyncio.StreamReader, Sender], Awaitable[None]]
 ) -> AsyncIterator[None]:
     """Listen on a local socket, with access for this user only, while the context is open.
 
@@ -145,7 +145,7 @@ async def listening(
         assert task is not None
         serving.add(task)
         try:
-            await attend((reader, writer), serve, socket.name)
+            await serve_streams((reader, writer), serve, socket.name)
         except asyncio.CancelledError:
             return  # asyncio would log the cancellation as an error
         finally:
@@ -161,8 +161,8 @@ async def listening(
             await asyncio.gather(*serving)
 
 
-async def attend(
-    streams: Streams, serve: Callable[[asyncio.StreamReader, Say], Awaitable[None]], name: str
+async def serve_streams(
+    streams: Streams, serve: Callable[[asyncio.StreamReader, Sender], Awaitable[None]], name: str
 ) -> None:
     """Serve one connection until it ends; errors are logged, and end only this connection.
 
@@ -171,15 +171,15 @@ async def attend(
         serve: serves the connection.
         name: name of the socket, for the log.
     """
-    outlet = Outlet(streams[1], name)
+    writer = MessageWriter(streams[1], name)
     try:
-        await serve(streams[0], outlet.say)
+        await serve(streams[0], writer.send)
     except FrameError as error:
         log.error("connection closed: bad frame", at=name, reason=str(error))
     except Exception as error:
         log.error("connection closed: unexpected error", at=name, exc_info=error)
     finally:
-        outlet.close()
+        writer.close()
 
 
 class Connection:
@@ -191,15 +191,15 @@ class Connection:
         decoder: decoder of its messages.
 
     Attributes:
-        heard: time of the last message, on the monotonic clock; 0: none yet.
+        last_seen: time of the last message, on the monotonic clock; 0: none yet.
     """
 
     def __init__(self, name: str, address: Address, decoder: Decoder) -> None:
-        self.heard = 0.0
+        self.last_seen = 0.0
         self._name = name
         self._address = address
         self._decoder = decoder
-        self._outlet: Outlet | None = None
+        self._writer: MessageWriter | None = None
         self._backoff = RECONNECT_SECONDS
         self._refusal = ""
         self._pending: dict[int, asyncio.Future[Any]] = {}
@@ -226,35 +226,35 @@ class Connection:
 
     async def hold(self, streams: Streams) -> None:
         """Use these streams as the connection until they end."""
-        outlet = self._outlet = Outlet(streams[1], self._name)
+        writer = self._writer = MessageWriter(streams[1], self._name)
         try:
             self._on_connect()
             await handle_each(streams[0], self._decoder, self._receive, self._failed, self._name)
         except FrameError as error:
             self._refuse(f"bad frame: {error}")
         finally:
-            self._disconnected(outlet)
+            self._disconnected(writer)
 
     @property
     def connected(self) -> bool:
         """Whether there is a connection now."""
-        return self._outlet is not None and not self._outlet.closing
+        return self._writer is not None and not self._writer.closing
 
     @property
     def unsent(self) -> int:
         """Bytes that the peer has not read yet."""
-        return 0 if self._outlet is None else self._outlet.unsent
+        return 0 if self._writer is None else self._writer.unsent
 
-    def say(self, message: Message) -> bool:
-        """Send a message that has no answer; False: it was not sent, see `Outlet.say`."""
-        return self._outlet is not None and self._outlet.say(message)
+    def send(self, message: Message) -> bool:
+        """Send a message that has no answer; False: it was not sent, see `MessageWriter.send`."""
+        return self._writer is not None and self._writer.send(message)
 
     def close(self) -> None:
         """Break the connection; `stay_connected` connects again."""
-        if self._outlet is not None:
-            self._outlet.abort()
+        if self._writer is not None:
+            self._writer.abort()
 
-    async def ask(self, message: Message, timeout: float | None = None) -> Any:
+    async def request(self, message: Message, timeout: float | None = None) -> Any:
         """Send a message with a new `id`, and return the answer, which has the same `id`.
 
         Raises:
@@ -263,7 +263,7 @@ class Connection:
         """
         number = next(self._numbers)
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        if not self.say(msgspec.structs.replace(message, id=number)):
+        if not self.send(msgspec.structs.replace(message, id=number)):
             raise DisconnectedError
         self._pending[number] = future
         try:
@@ -286,13 +286,13 @@ class Connection:
         """Act on a new connection."""
 
     def _on_message(self, message: Any) -> None:
-        """Act on a message; by default, it is the answer to an `ask`."""
+        """Act on a message; by default, it is the answer to a `request`."""
         future = self._pending.get(message.id)
         if future is not None and not future.done():
             future.set_result(message)
 
     def _on_abandoned(self, number: int) -> None:
-        """Act when an `ask` ends without its answer, but with the connection."""
+        """Act when a `request` ends without its answer, but with the connection."""
 
     def _on_disconnect(self) -> None:
         """Act when the connection has ended."""
@@ -306,21 +306,21 @@ class Connection:
         self.close()
 
     def _receive(self, message: Any) -> None:
-        self.heard = time.monotonic()
+        self.last_seen = time.monotonic()
         self._on_message(message)
         if self.connected:  # the peer was not refused because of this message
             self._refusal, self._backoff = "", RECONNECT_SECONDS
 
     def _failed(self, message: Any, reason: str) -> None:
-        """Fail the `ask` whose answer could not be handled."""
+        """Fail the `request` whose answer could not be handled."""
         future = self._pending.get(getattr(message, "id", -1))
         if future is not None and not future.done():
             log.error("answer lost", peer=self._name, reason=reason)
             future.set_exception(DisconnectedError())
 
-    def _disconnected(self, outlet: Outlet) -> None:
-        self._outlet = None
-        outlet.close()
+    def _disconnected(self, writer: MessageWriter) -> None:
+        self._writer = None
+        writer.close()
         for future in self._pending.values():
             if not future.done():
                 future.set_exception(DisconnectedError())

@@ -27,7 +27,7 @@ class ServedVersion(msgspec.Struct, frozen=True, array_like=True):
     shadow: float = 0.0
 
 
-class Serving(Message, frozen=True):
+class CatalogUpdate(Message, frozen=True):
     """The model catalog from now on, and the state of the server.
 
     Attributes:
@@ -45,7 +45,7 @@ class Serving(Message, frozen=True):
     crash_loops: dict[str, str]
 
 
-class Alive(Message, frozen=True):
+class HubHeartbeat(Message, frozen=True):
     """Heartbeat of the hub, sent once a second and to each new frontend.
 
     Attributes:
@@ -61,7 +61,7 @@ class Alive(Message, frozen=True):
     equipped: bool
 
 
-class Here(Message, frozen=True):
+class FrontendHello(Message, frozen=True):
     """First message of a frontend, sent again when its keys change.
 
     The process that runs jobs is a frontend without routes.
@@ -78,7 +78,7 @@ class Here(Message, frozen=True):
     keys: list[str]
 
 
-class Swapped(Message, frozen=True):
+class CatalogApplied(Message, frozen=True):
     """New requests use the models of this generation."""
 
     generation: int
@@ -100,7 +100,7 @@ class ChangeModel(Message, frozen=True):
 
 
 class ChangeRollOut(Message, frozen=True):
-    """Begin, change, end or show a roll-out; the answer is `Shown`, as JSON.
+    """Begin, change, end or show a roll-out; the answer is `ContentReply`, as JSON.
 
     Attributes:
         version: candidate; None: that of the running roll-out, or the highest version.
@@ -114,7 +114,7 @@ class ChangeRollOut(Message, frozen=True):
     given: dict[str, float | None] = {}
 
 
-class Changed(Message, frozen=True):
+class ModelChanged(Message, frozen=True):
     """A change was made in every frontend and engine; `label` names the model version."""
 
     id: int
@@ -135,14 +135,14 @@ class ChangeFailed(Message, frozen=True):
     message: str
 
 
-class NewSettings(Message, frozen=True):
+class SettingsUpdate(Message, frozen=True):
     """The settings of the server from now on, encoded by `encode_settings`."""
 
     generation: int
     settings: bytes
 
 
-class SettingsTaken(Message, frozen=True):
+class SettingsApplied(Message, frozen=True):
     """This frontend has applied the settings of this generation."""
 
     generation: int
@@ -169,7 +169,7 @@ class SettingsReloaded(Message, frozen=True):
     waiting_for: list[str]
 
 
-class SettingsRefused(Message, frozen=True):
+class SettingsRejected(Message, frozen=True):
     """Nothing has changed: the settings are invalid, or this server cannot reload settings."""
 
     id: int
@@ -184,36 +184,36 @@ class Scrape(Message, frozen=True):
     openmetrics: bool
 
 
-class TellRecent(Message, frozen=True):
-    """Return the recent traffic of a model, as JSON; see `service.telemetry.recent`."""
+class GetRecentTraffic(Message, frozen=True):
+    """Return the recent traffic of a model, as JSON; see `service.telemetry.recent_traffic`."""
 
     id: int
     model: str
 
 
-class Shown(Message, frozen=True):
-    """The answer to `Scrape`, `TellRecent` or `ChangeRollOut`."""
+class ContentReply(Message, frozen=True):
+    """The answer to `Scrape`, `GetRecentTraffic` or `ChangeRollOut`."""
 
     id: int
     content: bytes
     media_type: str
 
 
-class NotShown(Message, frozen=True):
+class RequestFailed(Message, frozen=True):
     """The hub failed to answer; its log has the reason."""
 
     id: int
     message: str
 
 
-class Trouble(Message, frozen=True):
+class ProblemReport(Message, frozen=True):
     """A part of the server, such as the folder for jobs, fails; `reason` None: it has recovered."""
 
     source: str
     reason: str | None
 
 
-class Report(Message, frozen=True):
+class CountsReport(Message, frozen=True):
     """The counts of a frontend since its last report, sent again until acknowledged.
 
     Attributes:
@@ -229,19 +229,19 @@ class Report(Message, frozen=True):
     ready: bool = False
 
 
-class Acknowledged(Message, frozen=True):
+class ReportAcknowledged(Message, frozen=True):
     """The hub has counted the report with this number, and all before it."""
 
     number: int
 
 
 ToHub: TypeAlias = (
-    Here | Swapped | Drained | ChangeModel | ChangeRollOut | Scrape | TellRecent | Report
-    | SettingsTaken | ReloadSettings | Trouble
+    FrontendHello | CatalogApplied | Drained | ChangeModel | ChangeRollOut | Scrape
+    | GetRecentTraffic | CountsReport | SettingsApplied | ReloadSettings | ProblemReport
 )  # fmt: skip
 FromHub: TypeAlias = (
-    Serving | Alive | Acknowledged | Changed | ChangeFailed | Shown | NotShown | NewSettings
-    | SettingsReloaded | SettingsRefused
+    CatalogUpdate | HubHeartbeat | ReportAcknowledged | ModelChanged | ChangeFailed | ContentReply
+    | RequestFailed | SettingsUpdate | SettingsReloaded | SettingsRejected
 )  # fmt: skip
 
 TO_HUB = decoder(ToHub)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import structlog
 
@@ -27,7 +28,7 @@ from service.ipc.connection import (
 )
 from service.ipc.engine_messages import (
     Answer,
-    BatchRan,
+    BatchReport,
     Cancel,
     Classify,
     Decisions,
@@ -55,11 +56,11 @@ GRACE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
-class Lost:
+class Disconnected:
     """The connection to an engine broke."""
 
 
-Event = Hello | Models | Lost | Heartbeat | BatchRan
+Event = Hello | Models | Disconnected | Heartbeat | BatchReport
 ModelKey = tuple[str, int]
 """Name and version."""
 
@@ -156,6 +157,26 @@ def answers_of(reply: protocol.ToFrontend) -> Answers:
             raise EngineFailedError(f"unexpected reply of an engine: {type(reply).__name__}")
 
 
+class EngineState(msgspec.Struct, frozen=True, array_like=True):
+    """State of an engine as a process that is connected to it knows it.
+
+    Attributes:
+        index: index of the engine.
+        hello: first message of the engine.
+        silent_seconds: time since its last message.
+        models: loaded models.
+        items: number of unanswered items.
+        level: quality level in force.
+    """
+
+    index: int
+    hello: Hello
+    silent_seconds: float
+    models: list[ModelInfo]
+    items: int
+    level: QualityName
+
+
 class EngineClient(Connection):
     """The connection to one engine.
 
@@ -181,26 +202,25 @@ class EngineClient(Connection):
         self._observe = observe
 
     @classmethod
-    def seen(
-        cls,
-        index: int,
-        hello: Hello,
-        heard: float,
-        models: list[ModelInfo],
-        items: int,
-        level: QualityName,
-    ) -> EngineClient:
+    def from_state(cls, state: EngineState) -> EngineClient:
         """Return the state of an engine that another process is connected to."""
-        client = cls(index, unreachable, lambda *_: None)
-        client.level = level
-        client.hello, client.heard, client.items_in_flight = hello, heard, items
-        client._set_models(models)
+        client = cls(state.index, unreachable, lambda *_: None)
+        client.hello, client.items_in_flight, client.level = state.hello, state.items, state.level
+        client.last_seen = time.monotonic() - state.silent_seconds
+        client._set_models(state.models)
         return client
+
+    def state(self, items: int) -> EngineState | None:
+        """Return the state of the engine, with `items` in flight; None: it is not connected."""
+        if self.hello is None:
+            return None
+        silent, models = time.monotonic() - self.last_seen, list(self.models.values())
+        return EngineState(self.index, self.hello, silent, models, items, self.level)
 
     @property
     def alive(self) -> bool:
         """Whether the engine is connected and not hung."""
-        return self.hello is not None and time.monotonic() - self.heard < HEARTBEAT_LIMIT
+        return self.hello is not None and time.monotonic() - self.last_seen < HEARTBEAT_LIMIT
 
     def _on_message(self, message: protocol.ToFrontend) -> None:
         match message:
@@ -219,7 +239,7 @@ class EngineClient(Connection):
                 self._observe(self.index, message)
             case LevelChanged():
                 self.level = message.quality
-            case BatchRan():
+            case BatchReport():
                 self._observe(self.index, message)
             case _:
                 super()._on_message(message)
@@ -233,12 +253,12 @@ class EngineClient(Connection):
         self.models = {(model.name, model.version): model for model in models}
 
     def _on_abandoned(self, number: int) -> None:
-        self.say(Cancel(number))
+        self.send(Cancel(number))
 
     def _on_disconnect(self) -> None:
         self.hello = None
         self.models = {}
-        self._observe(self.index, Lost())
+        self._observe(self.index, Disconnected())
 
 
 class Engines:
@@ -265,14 +285,14 @@ class Engines:
         """Begin to connect."""
         for client in self.clients:
             self._background.start(client.stay_connected())
-        self._background.start(on_silence(self._last_heard, HEARTBEAT_LIMIT, EngineClient.drop))
+        self._background.start(on_silence(self._last_messages, HEARTBEAT_LIMIT, EngineClient.drop))
 
     async def stop(self) -> None:
         """Close the connections."""
         await self._background.stop()
 
-    def _last_heard(self) -> dict[EngineClient, float]:
-        return {client: client.heard for client in self.clients if client.hello is not None}
+    def _last_messages(self) -> dict[EngineClient, float]:
+        return {client: client.last_seen for client in self.clients if client.hello is not None}
 
     @property
     def alive(self) -> list[EngineClient]:
@@ -302,7 +322,7 @@ class Engines:
             message = request_of(submission)
             client.items_in_flight += len(submission.texts)
             try:
-                reply = await client.ask(message, message.remaining + GRACE_SECONDS)
+                reply = await client.request(message, message.remaining + GRACE_SECONDS)
             except TimeoutError as error:
                 raise DeadlineError from error
             except DisconnectedError:

@@ -20,7 +20,7 @@ from budgetformer.model.tfidf import Array
 from service.ipc.answers import Answers
 from service.ipc.frames import FrameError, Message, decoder
 
-PROTOCOL = 9
+PROTOCOL = 10
 
 
 class SentTokens(msgspec.Struct, frozen=True, array_like=True):
@@ -208,8 +208,8 @@ class ModelInfo(msgspec.Struct, frozen=True, array_like=True):
     dtype: str
 
 
-class Watch(Message, frozen=True):
-    """Send a `BatchRan` to this peer after every batch from now on."""
+class SubscribeBatches(Message, frozen=True):
+    """Send a `BatchReport` to this peer after every batch from now on."""
 
 
 class Hello(Message, frozen=True):
@@ -356,8 +356,8 @@ class Done(Message, frozen=True):
     id: int
 
 
-class BatchRan(Message, frozen=True):
-    """A batch ran; it is sent to peers that have sent `Watch`.
+class BatchReport(Message, frozen=True):
+    """A batch ran; it is sent to peers that have sent `SubscribeBatches`.
 
     Attributes:
         checked, clipped: number of int8 states that were checked since the last batch of the model,
@@ -379,7 +379,7 @@ class BatchRan(Message, frozen=True):
     dropped: int = 0
 
 
-ToEngine: TypeAlias = Classify | Cancel | Load | Unload | Watch | Configure
+ToEngine: TypeAlias = Classify | Cancel | Load | Unload | SubscribeBatches | Configure
 ToFrontend: TypeAlias = (
     Hello
     | Models
@@ -390,7 +390,7 @@ ToFrontend: TypeAlias = (
     | Expired
     | Failed
     | Done
-    | BatchRan
+    | BatchReport
 )
 
 TO_ENGINE = decoder(ToEngine)

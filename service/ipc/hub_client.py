@@ -1,4 +1,4 @@
-"""Client of the hub: the model catalog, settings, questions, and reports of counts."""
+"""Client of the hub: the model catalog, settings, queries, and reports of counts."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from service.background import Background
 from service.ipc.connection import Address, Connection, DisconnectedError
 from service.ipc.control_messages import (
     FROM_HUB,
-    Acknowledged,
-    Alive,
+    CatalogUpdate,
     ChangeModel,
     ChangeRollOut,
+    ContentReply,
+    CountsReport,
     FromHub,
-    Here,
-    NewSettings,
-    NotShown,
+    FrontendHello,
+    GetRecentTraffic,
+    HubHeartbeat,
     ReloadSettings,
-    Report,
+    ReportAcknowledged,
+    RequestFailed,
     Scrape,
-    Serving,
-    SettingsTaken,
-    Shown,
-    TellRecent,
+    SettingsApplied,
+    SettingsUpdate,
 )
 from service.ipc.frames import Message
 from service.telemetry.counts import Counts
@@ -40,20 +40,20 @@ REPORT_SECONDS = 0.25
 the time between scrapes, and long enough that reports cost little beside the counted requests."""
 MAX_UNACKNOWLEDGED = 4
 """Maximum number of unacknowledged reports; beyond it, counts are added to the next report."""
-SHOW_SECONDS = 8.0
+QUERY_SECONDS = 8.0
 """Time limit for the answer to a scrape, below the default scrape timeout of Prometheus, 10 s."""
 SILENCE_LIMIT = 5.0
-"""Seconds without a message after which questions to the hub fail."""
+"""Seconds without a message after which requests to the hub fail."""
 POLL_SECONDS = 0.25
 RETRY_SECONDS = 1.0
-NOTHING = Serving(-1, [], [], [], {})
+EMPTY_CATALOG = CatalogUpdate(-1, [], [], [], {})
 """The catalog before the first one of the hub."""
 
 log = structlog.get_logger()
 
 
 class HubError(Exception):
-    """The hub failed to answer a question."""
+    """The hub failed to handle a request."""
 
 
 class Reports:
@@ -66,14 +66,16 @@ class Reports:
 
     def __init__(self) -> None:
         self.counts = Counts()
-        self.unacknowledged: deque[Report] = deque()
+        self.unacknowledged: deque[CountsReport] = deque()
         self._numbers = itertools.count()
 
-    def next(self, ready: bool) -> Report | None:
+    def next(self, ready: bool) -> CountsReport | None:
         """Return the next report to send; None: too many reports are unacknowledged."""
         if len(self.unacknowledged) >= MAX_UNACKNOWLEDGED:
             return None
-        report = Report(next(self._numbers), self.counts.take(), self.counts.cache_bytes, ready)
+        report = CountsReport(
+            next(self._numbers), self.counts.take(), self.counts.cache_bytes, ready
+        )
         self.unacknowledged.append(report)
         return report
 
@@ -95,21 +97,21 @@ class HubLink(Connection):
         ready: returns whether this frontend can classify.
 
     Attributes:
-        serving: catalog that `serve` has applied last.
+        catalog: catalog that `serve` has applied last.
         counts: counts of this frontend, which are reported to the hub.
     """
 
     def __init__(
         self,
         address: Address,
-        serve: Callable[[Serving], Awaitable[None]],
+        serve: Callable[[CatalogUpdate], Awaitable[None]],
         routes: list[str],
         configure: Callable[[bytes], None] = lambda _: None,
         ready: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__("hub", address, FROM_HUB)
-        self.serving = NOTHING
-        self.alive: Alive | None = None
+        self.catalog = EMPTY_CATALOG
+        self.heartbeat: HubHeartbeat | None = None
         """The last heartbeat of the hub; None: there was none yet."""
         self.silent_seconds = 0.0
         """Seconds since the last message of the hub."""
@@ -121,7 +123,7 @@ class HubLink(Connection):
         self._frontend = uuid4().hex
         self._reports = Reports()
         self.counts = self._reports.counts
-        self._next = NOTHING
+        self._newest = EMPTY_CATALOG
         self._changed = asyncio.Event()
         self._first = asyncio.Event()
         self._background = Background()
@@ -142,9 +144,9 @@ class HubLink(Connection):
     def send_keys(self, names: list[str]) -> None:
         """Send the names of all keys to the hub."""
         self._keys = names
-        self._introduce()
+        self._send_hello()
 
-    async def show(self, question: Scrape | TellRecent) -> Shown:
+    async def query(self, query: Scrape | GetRecentTraffic) -> ContentReply:
         """Return the metrics or the recent traffic from the hub.
 
         The answer includes the counts of this frontend up to now, unless reports are still
@@ -152,63 +154,63 @@ class HubLink(Connection):
 
         Raises:
             DisconnectedError: there is no connection to the hub, or it is silent for
-                `SILENCE_LIMIT`, or takes longer than `SHOW_SECONDS`.
+                `SILENCE_LIMIT`, or takes longer than `QUERY_SECONDS`.
             HubError: the hub failed to answer.
         """
         self._flush()
-        answer = await self._ask(question, SHOW_SECONDS)
-        assert isinstance(answer, Shown)
+        answer = await self._request(query, QUERY_SECONDS)
+        assert isinstance(answer, ContentReply)
         return answer
 
     async def change(self, wanted: ChangeModel | ChangeRollOut | ReloadSettings) -> FromHub:
-        """Ask for a change of the server, and return the answer when all processes have made it.
+        """Request a change of the server, and return the answer when all processes have made it.
 
         Raises:
             DisconnectedError: there is no connection to the hub, or it is silent for
                 `SILENCE_LIMIT`; the change may still be made.
             HubError: the hub failed to answer.
         """
-        return await self._ask(wanted)
+        return await self._request(wanted)
 
-    async def _ask(self, question: Message, timeout: float | None = None) -> FromHub:
-        asking = asyncio.create_task(self.ask(question, timeout))
+    async def _request(self, message: Message, timeout: float | None = None) -> FromHub:
+        request = asyncio.create_task(self.request(message, timeout))
         try:
-            while not asking.done():
+            while not request.done():
                 if self.silent_seconds > SILENCE_LIMIT:
                     raise DisconnectedError
-                await asyncio.wait({asking}, timeout=POLL_SECONDS)
-            answer: FromHub = asking.result()
+                await asyncio.wait({request}, timeout=POLL_SECONDS)
+            answer: FromHub = request.result()
         except TimeoutError:
             raise DisconnectedError from None
         finally:
-            asking.cancel()
-        if isinstance(answer, NotShown):
+            request.cancel()
+        if isinstance(answer, RequestFailed):
             raise HubError(answer.message)
         return answer
 
     def _on_connect(self) -> None:
-        self._introduce()
+        self._send_hello()
         for report in self._reports.unacknowledged:
-            self.say(report)
+            self.send(report)
 
-    def _introduce(self) -> None:
-        self.say(Here(self._frontend, os.getpid(), self._routes, self._keys))
+    def _send_hello(self) -> None:
+        self.send(FrontendHello(self._frontend, os.getpid(), self._routes, self._keys))
 
     def _on_message(self, message: FromHub) -> None:
-        if isinstance(message, Serving):
-            self._next = message
+        if isinstance(message, CatalogUpdate):
+            self._newest = message
             self._changed.set()
-        elif isinstance(message, NewSettings):
+        elif isinstance(message, SettingsUpdate):
             try:
                 self._configure(message.settings)
             except Exception as error:  # the frontend keeps its settings
                 log.error("settings not applied", exc_info=error)
             else:
-                self.say(SettingsTaken(message.generation))
-        elif isinstance(message, Acknowledged):
+                self.send(SettingsApplied(message.generation))
+        elif isinstance(message, ReportAcknowledged):
             self._reports.acknowledge(message.number)
-        elif isinstance(message, Alive):
-            self.alive = message
+        elif isinstance(message, HubHeartbeat):
+            self.heartbeat = message
         else:
             super()._on_message(message)
 
@@ -216,26 +218,28 @@ class HubLink(Connection):
         while True:
             await self._changed.wait()
             self._changed.clear()
-            serving = self._next
+            catalog = self._newest
             try:
-                await self._serve(serving)
+                await self._serve(catalog)
             except Exception as error:  # tried again
                 log.error("model catalog not applied", retry_in=RETRY_SECONDS, exc_info=error)
                 self._changed.set()
                 await asyncio.sleep(RETRY_SECONDS)
                 continue
-            self.serving = serving
+            self.catalog = catalog
             self._first.set()
 
     async def _measure_silence(self) -> None:
         """Measure the silence of the hub, without time in which this process itself was stopped."""
-        heard, before = self.heard, time.monotonic()
+        last_seen, before = self.last_seen, time.monotonic()
         while True:
             await asyncio.sleep(POLL_SECONDS)
             now = time.monotonic()
             passed = min(now - before, 2 * POLL_SECONDS)
-            self.silent_seconds = 0.0 if self.heard > heard else self.silent_seconds + passed
-            heard, before = self.heard, now
+            self.silent_seconds = (
+                0.0 if self.last_seen > last_seen else self.silent_seconds + passed
+            )
+            last_seen, before = self.last_seen, now
 
     async def _report(self) -> None:
         """Send reports at even intervals; one without counts is the heartbeat of this frontend."""
@@ -245,4 +249,4 @@ class HubLink(Connection):
 
     def _flush(self) -> None:
         if self.connected and (report := self._reports.next(self._ready())) is not None:
-            self.say(report)
+            self.send(report)

@@ -86,7 +86,7 @@ class ChunkAnswering:
         try:
             return self._models.get(label)
         except UnknownModelError as error:
-            if label in self._hub.serving.loading:
+            if label in self._hub.catalog.loading:
                 raise NotLoadedError from None
             message = f"{label}, for which the job was accepted, is not served: {error}"
             raise JobFailedError(message) from None

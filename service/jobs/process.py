@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from service.background import run_forever
-from service.ipc.control_messages import Trouble
+from service.ipc.control_messages import ProblemReport
 from service.ipc.engine_client import Engines
 from service.ipc.hub_client import HubLink
 from service.job_store import JobStore
@@ -59,7 +59,7 @@ class JobProcess:
             await self._engines.stop()
 
     def _report(self, _: str, reason: str | None) -> None:
-        self._hub.say(Trouble("running jobs", reason))
+        self._hub.send(ProblemReport("running jobs", reason))
 
     def _configure(self, line: bytes) -> None:
         self.settings = decode_settings(line)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
@@ -27,7 +28,7 @@ from service.source_urls import is_allowed
 
 log = structlog.get_logger()
 
-LOOK_SECONDS = 0.25
+POLL_SECONDS = 0.25
 REPORT_SECONDS = 0.5
 MAX_STARTS = 5
 """Number of starts without an answered row after which a job fails, since it ends its process."""
@@ -40,21 +41,19 @@ class _StoppedError(Exception):
     """The run must end, since the job was removed or the process ends."""
 
 
+@dataclass(frozen=True)
 class Runner:
     """Run the jobs of a store.
 
-    Args:
+    Attributes:
         store: jobs to run.
         answering: answers their rows.
         settings: returns the settings in force.
     """
 
-    def __init__(
-        self, store: JobStore, answering: ChunkAnswering, settings: Callable[[], Settings]
-    ) -> None:
-        self._store = store
-        self._answering = answering
-        self._settings = settings
+    store: JobStore
+    answering: ChunkAnswering
+    settings: Callable[[], Settings]
 
     async def run(self) -> None:
         """Run new and unfinished jobs, until cancelled.
@@ -63,16 +62,16 @@ class Runner:
             OSError: the folder of jobs cannot be written.
         """
         while True:
-            job = await asyncio.to_thread(self._store.next)
+            job = await asyncio.to_thread(self.store.next)
             if job is None:
-                await asyncio.sleep(LOOK_SECONDS)
+                await asyncio.sleep(POLL_SECONDS)
             else:
                 await self._run(job)
 
     async def _run(self, job: StoredJob) -> None:
         description = job.description
         names = {"job": description.id, "model": description.model, "key": description.owner}
-        run = _Run(job, self._store, self._answering, self._settings)
+        run = _Run(job, self.store, self.answering, self.settings)
         log.info("job started", rows=run.progress.rows, **names)
         began = time.monotonic()
         try:

@@ -219,12 +219,6 @@ class Lookup:
 @cache
 def _row_type(labels: int, steps: int) -> np.dtype[Any]:
     """Return the type of a cached row: the columns of `Answers`, and the size of the text."""
-    types = {
-        "logits": (np.float32, labels),
-        "ran": (np.bool_, steps + 1),
-        "macs": (np.int64, ()),
-        "dense_macs": (np.int64, ()),
-        "truncated": (np.bool_, ()),
-    }
-    names = (*COLUMNS, "lengths", "truncated")
-    return np.dtype([(name, *types.get(name, (np.int32, ()))) for name in names])
+    shapes = {"logits": (labels,), "ran": (steps + 1,)}
+    types = COLUMNS | {"lengths": "<i4", "truncated": "?"}
+    return np.dtype([(name, dtype, shapes.get(name, ())) for name, dtype in types.items()])

@@ -6,9 +6,9 @@ import asyncio
 import time
 
 from service.background import Background
-from service.ipc.control_messages import Drained, ServedVersion, Serving, Swapped
+from service.ipc.control_messages import CatalogApplied, CatalogUpdate, Drained, ServedVersion
 from service.ipc.engine_client import Engines
-from service.ipc.hub_client import NOTHING, HubLink
+from service.ipc.hub_client import EMPTY_CATALOG, HubLink
 from service.pipeline.answer_cache import AnswerCache
 from service.pipeline.served_models import Models, ServedModel
 
@@ -23,7 +23,7 @@ class CatalogFollower:
     Args:
         models: models of this frontend, which are changed.
         engines: engines of the server.
-        hub: connection over which `Swapped` and `Drained` are sent.
+        hub: connection over which `CatalogApplied` and `Drained` are sent.
         cache: answer cache, from which answers of retired models are dropped; None: no cache.
     """
 
@@ -38,16 +38,16 @@ class CatalogFollower:
         self._begun = False
         self._background = Background()
 
-    async def __call__(self, serving: Serving) -> None:
+    async def __call__(self, serving: CatalogUpdate) -> None:
         """Serve the models of this catalog from now on."""
-        before = self._hub.serving
+        before = self._hub.catalog
         if not self._begun:
             self._begun = True
             self._background.start(self._drain())
-        if before is not NOTHING and serving.generation != before.generation:
+        if before is not EMPTY_CATALOG and serving.generation != before.generation:
             await self._until_loaded(serving.models)
         retired = await self._models.serve(serving.models)
-        self._hub.say(Swapped(serving.generation))
+        self._hub.send(CatalogApplied(serving.generation))
         self._draining.put_nowait((serving.generation, retired))
 
     async def stop(self) -> None:
@@ -71,4 +71,4 @@ class CatalogFollower:
                 await model.until_idle()
                 if self._cache is not None:
                     self._cache.forget(model)
-            self._hub.say(Drained(generation))
+            self._hub.send(Drained(generation))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from budgetformer.inference.policy import QualityName
+from budgetformer.inference.policy import QUALITY_NAMES, QualityName
+
+NORMAL: QualityName = "balanced"
+"""Level of `auto` requests while there is no overload."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,6 @@ class BrownOut:
         """The level in force."""
         return self.levels[self._index]
 
-    @property
-    def lowered(self) -> bool:
-        """Whether the level is below the normal one."""
-        return self._index > 0
-
     def change_levels(self, levels: Sequence[QualityName]) -> None:
         """Replace the levels; the first must be the same. Keep the level, but respect the floor."""
         self.levels = list(levels)
@@ -75,31 +73,22 @@ class BrownOut:
         self._changed = now
 
 
-_RISING: list[QualityName] = ["fast", "balanced", "best"]
-
-
-def lowest(levels: Iterable[QualityName]) -> QualityName:
-    """Return the lowest of several levels."""
-    return min(levels, key=_RISING.index)
-
-
-def kept_above(
-    floor: QualityName, level: QualityName, normal: QualityName = "balanced"
-) -> QualityName:
-    """Return `level`, raised to `floor` if it is lower; the floor counts up to `normal` only.
+def kept_above(floor: QualityName, level: QualityName) -> QualityName:
+    """Return `level`, raised to `floor` if it is lower; the floor counts up to `NORMAL` only.
 
     >>> kept_above("balanced", "fast")
     'balanced'
     """
-    return max(level, min(floor, normal, key=_RISING.index), key=_RISING.index)
+    rank = QUALITY_NAMES.index
+    return max(level, min(floor, NORMAL, key=rank), key=rank)
 
 
-def levels_down_to(floor: QualityName, normal: QualityName = "balanced") -> list[QualityName]:
-    """Return the levels from `normal` down to `floor`; only `normal` if the floor is above it.
+def levels_down_to(*floors: QualityName) -> list[QualityName]:
+    """Return the levels from `NORMAL` down to the lowest floor; at least `NORMAL`.
 
-    >>> levels_down_to("fast")
+    >>> levels_down_to("best", "fast")
     ['balanced', 'fast']
     """
-    order: list[QualityName] = ["best", "balanced", "fast"]
-    first, last = order.index(normal), order.index(floor)
-    return order[first : max(first, last) + 1]
+    normal = QUALITY_NAMES.index(NORMAL)
+    last = min(normal, *map(QUALITY_NAMES.index, floors))
+    return list(reversed(QUALITY_NAMES[last : normal + 1]))

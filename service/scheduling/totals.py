@@ -35,11 +35,3 @@ class TotalSeconds:
     def seconds(self) -> float:
         """The total, in seconds."""
         return self._nanoseconds / NANOSECONDS
-
-    def add(self, seconds: float) -> None:
-        """Add a duration."""
-        self._nanoseconds += int(seconds * NANOSECONDS)
-
-    def subtract(self, seconds: float) -> None:
-        """Subtract a duration that was added before."""
-        self._nanoseconds -= int(seconds * NANOSECONDS)

@@ -20,7 +20,7 @@ from budgetformer.checkpoint.store import Checkpoint
 from budgetformer.errors import DataError
 from budgetformer.inference.policy import QualityName
 from service.settings import Settings
-from service.simulation.costs import LEAST, Asked, EngineCost, ServerCosts, fit_server
+from service.simulation.costs import LEAST, EngineCost, MeasuredRequests, ServerCosts, fit_server
 from service.simulation.engine import SimEngine, SimModel, SimRequest
 from service.simulation.texts import Text, measure_texts
 
@@ -75,11 +75,11 @@ def calibrate(
         raise DataError(f"{url}: {error or type(error).__name__}") from error
     finally:
         connection.close()
-    costs = fit_server([form.asked for form in forms])
+    costs = fit_server([form.requests for form in forms])
     transfers = [
-        form.latency - form.passes - costs.lone(form.asked)
+        form.latency - form.passes - costs.lone(form.requests)
         for form in forms
-        if form.asked.texts == 1
+        if form.requests.texts == 1
     ]
     return replace(costs, way=max(0.0, statistics.median(transfers)), among=among(costs, crowd))
 
@@ -95,9 +95,9 @@ def _connection(url: str) -> HTTPConnection:
     return HTTPConnection(host, port or 80, timeout=60)
 
 
-def among(costs: ServerCosts, crowd: Asked) -> float:
+def among(costs: ServerCosts, crowd: MeasuredRequests) -> float:
     """Return the cost of a request under load for frontend and hub, as a share of a lone one's."""
-    lone = sum(cost.seconds(1, round(crowd.tokens)) for cost in (costs.frontend, costs.hub))
+    lone = sum(cost.seconds(1, crowd.tokens) for cost in (costs.frontend, costs.hub))
     return min(1.0, max(LEAST, crowd.frontend + crowd.hub) / max(LEAST, lone))
 
 
@@ -112,7 +112,7 @@ class Sample(NamedTuple):
 class _Form:
     """Measurement of one form of request: its costs, its passes (s) and its latency (s)."""
 
-    asked: Asked
+    requests: MeasuredRequests
     passes: float
     latency: float
 
@@ -151,7 +151,7 @@ class _MeasuringClient:
         frontend, engine, hub = self._spent(before, time.perf_counter() - began, len(requests))
         ran = [passes_of(self._model, texts, level) for texts in requests]
         passes = statistics.fmean(seconds for _, seconds in ran)
-        form = Asked(
+        form = MeasuredRequests(
             texts=count,
             tokens=statistics.fmean(
                 sum(text.step_0_tokens for text in texts) for texts in requests
@@ -163,7 +163,9 @@ class _MeasuringClient:
         )
         return _Form(form, passes, statistics.fmean(latencies))
 
-    def measure_load(self, callers: Sequence[HTTPConnection], samples: Sequence[Sample]) -> Asked:
+    def measure_load(
+        self, callers: Sequence[HTTPConnection], samples: Sequence[Sample]
+    ) -> MeasuredRequests:
         """Measure single texts from concurrent callers; the engine's time includes its passes."""
         before, began = self._processor_seconds(), time.perf_counter()
 
@@ -177,9 +179,9 @@ class _MeasuringClient:
             return tokens
 
         with ThreadPoolExecutor(CALLERS) as threads:
-            tokens = [count for asked in threads.map(call, range(CALLERS)) for count in asked]
+            tokens = [count for sent in threads.map(call, range(CALLERS)) for count in sent]
         frontend, engine, hub = self._spent(before, time.perf_counter() - began, len(tokens))
-        return Asked(1, statistics.fmean(tokens), 0, frontend, engine, hub)
+        return MeasuredRequests(1, statistics.fmean(tokens), 0, frontend, engine, hub)
 
     def _spent(
         self, before: dict[str, float], elapsed: float, requests: int

@@ -24,7 +24,7 @@ class ProcessCost:
     text: float = 0.0
     token: float = 0.0
 
-    def seconds(self, texts: int, tokens: int) -> float:
+    def seconds(self, texts: float, tokens: float) -> float:
         """Return the seconds of a request."""
         return self.request + self.text * texts + self.token * tokens
 
@@ -58,12 +58,11 @@ class ServerCosts:
     way: float = 0.0
     among: float = 1.0
 
-    def lone(self, asked: Asked) -> float:
+    def lone(self, form: MeasuredRequests) -> float:
         """Return the seconds of a lone request in frontend and engine, without passes and `way`."""
-        frontend, engine = self.frontend, self.engine
-        in_frontend = frontend.request + frontend.text * asked.texts + frontend.token * asked.tokens
-        in_engine = engine.request + engine.text * asked.texts + engine.run * asked.runs
-        return in_frontend + in_engine
+        engine = self.engine
+        in_engine = engine.request + engine.text * form.texts + engine.run * form.runs
+        return self.frontend.seconds(form.texts, form.tokens) + in_engine
 
     def dump(self) -> str:
         """Return the costs as JSON."""
@@ -71,7 +70,7 @@ class ServerCosts:
 
 
 @dataclass(frozen=True)
-class Asked:
+class MeasuredRequests:
     """Measured requests of one form.
 
     Attributes:
@@ -87,21 +86,21 @@ class Asked:
     hub: float
 
 
-def fit_server(asked: Sequence[Asked]) -> ServerCosts:
+def fit_server(forms: Sequence[MeasuredRequests]) -> ServerCosts:
     """Fit non-negative costs to lone requests of several forms, by least relative squares.
 
-    `Asked.engine` must not include the passes.
+    `MeasuredRequests.engine` must not include the passes.
     """
-    shapes = [[1.0, form.texts, form.tokens] for form in asked]
-    runs = [[1.0, form.texts, form.runs] for form in asked]
+    shapes = [[1.0, form.texts, form.tokens] for form in forms]
+    runs = [[1.0, form.texts, form.runs] for form in forms]
 
     def fit(sizes: list[list[float]], seconds: Iterable[float]) -> list[float]:
         return fit_costs(sizes, [max(measured, LEAST) for measured in seconds])
 
     return ServerCosts(
-        ProcessCost(*fit(shapes, (form.frontend for form in asked))),
-        EngineCost(*fit(runs, (form.engine for form in asked))),
-        ProcessCost(*fit(shapes, (form.hub for form in asked))),
+        ProcessCost(*fit(shapes, (form.frontend for form in forms))),
+        EngineCost(*fit(runs, (form.engine for form in forms))),
+        ProcessCost(*fit(shapes, (form.hub for form in forms))),
     )
 
 
@@ -116,21 +115,14 @@ def read_costs(path: Path) -> ServerCosts:
         values = json.loads(file.read_text())
         if values.pop("format") != FORMAT:
             raise ValueError(f"this program reads format {FORMAT}")
-        costs = ServerCosts(
-            ProcessCost(
-                **values.pop("front" if "front" in values else "frontend")
-            ),  # the key of older files
+        frontend = "front" if "front" in values else "frontend"  # the key of older files
+        parts = (
+            ProcessCost(**values.pop(frontend)),
             EngineCost(**values.pop("engine")),
             ProcessCost(**values.pop("hub")),
-            **values,
         )
-        numbers = [
-            *astuple(costs.frontend),
-            *astuple(costs.engine),
-            *astuple(costs.hub),
-            costs.way,
-            costs.among,
-        ]
+        costs = ServerCosts(*parts, **values)
+        numbers = [costs.way, costs.among, *(n for part in parts for n in astuple(part))]
         if not all(math.isfinite(n) and n >= 0 for n in numbers):
             raise ValueError("costs must be finite and not negative")
     except OSError as error:

@@ -260,6 +260,22 @@ class Counts:
         self._counters["broken_connections", reason] += 1
 
 
+def quantile(cumulative: Sequence[float], share: float) -> float:
+    """Return a quantile of durations (s), linear within its bucket, as Prometheus does.
+
+    Args:
+        cumulative: number of durations up to each bound of `DURATIONS`, and of all.
+        share: the quantile, 0..1.
+    """
+    rank = share * cumulative[-1]
+    bucket = bisect_left(cumulative, rank)
+    if bucket >= len(DURATIONS):
+        return DURATIONS[-1]
+    low, before = (DURATIONS[bucket - 1], cumulative[bucket - 1]) if bucket else (0.0, 0)
+    inside = cumulative[bucket] - before
+    return low + (DURATIONS[bucket] - low) * (rank - before) / inside if inside else low
+
+
 def _tally(values: Sequence[int]) -> Mapping[int, int]:
     """Count how often each value occurs."""
     return {values[0]: 1} if len(values) == 1 else Counter(values)

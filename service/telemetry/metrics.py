@@ -49,6 +49,8 @@ SOURCES = ("frontend", "engine")
 """Kinds of processes that report to the hub."""
 ENDS = ("promoted", "rolled_back", "stopped")
 """Outcomes of roll-outs."""
+VERSION = ("model", "version")
+"""Labels that name a model version."""
 QUALITY_RANK = {"fast": 1, "balanced": 2, "best": 3}
 
 
@@ -62,9 +64,8 @@ class Metrics:
     def __init__(self, family: Family = only_this_process) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # halves the number of series
         self.registry = CollectorRegistry()
-        self._counters: dict[str, Counter] = {}
-        self._histograms: dict[str, Histogram] = {}
-        self._labels: dict[str, tuple[str, ...]] = {}
+        self._counted: dict[str, tuple[Counter | Histogram, tuple[str, ...]]] = {}
+        """Counters and histograms by name, each with the names of its labels."""
         self.requests = self._counter(
             "requests", "Requests by route and outcome.", "route", "outcome"
         )
@@ -77,45 +78,41 @@ class Metrics:
         self.model_requests = self._counter(
             "model_requests",
             "Requests to classify, by model version and outcome.",
-            "model",
-            "version",
+            *VERSION,
             "outcome",
         )
         self.model_request_duration = self._histogram(
             "model_request_duration_seconds",
             "Time from the first byte to the last of requests to classify, by model version.",
             DURATIONS,
-            "model",
-            "version",
+            *VERSION,
         )
         self.model_items_failed = self._counter(
-            "model_items_failed",
-            "Items that a model version failed to answer.",
-            "model",
-            "version",
+            "model_items_failed", "Items that a model version failed to answer.", *VERSION
         )
         self.cache_hits = self._counter(
-            "cache_hits", "Items answered from the answer cache.", "model", "version"
+            "cache_hits", "Items answered from the answer cache.", *VERSION
         )
         self.cache_misses = self._counter(
-            "cache_misses", "Items that were not in the answer cache.", "model", "version"
+            "cache_misses", "Items that were not in the answer cache.", *VERSION
         )
         self.cache_bytes = self._gauge("cache_bytes", "Size of the frontends' answer caches.")
         self.rollout_weight = self._gauge(
-            "rollout_weight", "Share of the requests that a candidate answers.", "model", "version"
+            "rollout_weight", "Share of the requests that a candidate answers.", *VERSION
         )
         self.rollout_shadow = self._gauge(
-            "rollout_shadow", "Share of the other requests that a candidate computes too.",
-            "model", "version",
-        )  # fmt: skip
+            "rollout_shadow", "Share of the other requests that a candidate computes too.", *VERSION
+        )
         self.rollouts_ended = self._counter(
             "rollouts_ended", "Roll-outs that ended, by outcome.", "model", "outcome"
         )
         self.shadow_items = self._counter(
-            "shadow_items", "Items that a candidate computed beside the served version.",
-            "model", "version", "outcome",
-        )  # fmt: skip
-        sides = ("model", "version", "side")
+            "shadow_items",
+            "Items that a candidate computed beside the served version.",
+            *VERSION,
+            "outcome",
+        )
+        sides = (*VERSION, "side")
         self.shadow_seconds = self._counter(
             "shadow_seconds", "Time of passes for items that both versions computed.", *sides
         )
@@ -126,52 +123,36 @@ class Metrics:
             "shadow_heads", "Heads computed for items that both versions computed.", *sides
         )
         self.request_heads = self._histogram(
-            "request_heads",
-            "Heads computed for an item, summed over layers.",
-            HEADS,
-            "model",
-            "version",
+            "request_heads", "Heads computed for an item, summed over layers.", HEADS, *VERSION
         )
         self.items = self._counter(
-            "items",
-            "Items answered, by the ladder step that answered.",
-            "model",
-            "version",
-            "budget",
+            "items", "Items answered, by the ladder step that answered.", *VERSION, "budget"
         )
         self.items_expected = self._counter(
             "items_expected",
             "Items that calibration would have answered at the ladder step.",
-            "model",
-            "version",
+            *VERSION,
             "budget",
         )
-        self.item_tokens = self._histogram(
-            "item_tokens", "Tokens of an item.", TOKENS, "model", "version"
-        )
+        self.item_tokens = self._histogram("item_tokens", "Tokens of an item.", TOKENS, *VERSION)
         self.stage_duration = self._histogram(
             "stage_duration_seconds", "Time of each stage of a request.", DURATIONS, "stage"
         )
-        self.macs = self._counter("macs", "Multiply-adds executed.", "model", "version")
+        self.macs = self._counter("macs", "Multiply-adds executed.", *VERSION)
         self.dense_macs = self._counter(
-            "dense_macs",
-            "Multiply-adds that the dense network would have executed.",
-            "model",
-            "version",
+            "dense_macs", "Multiply-adds that the dense network would have executed.", *VERSION
         )
-        self.heads_used = self._counter("heads_used", "Heads computed.", "model", "version")
-        self.heads = self._counter("heads", "Heads that the dense network has.", "model", "version")
+        self.heads_used = self._counter("heads_used", "Heads computed.", *VERSION)
+        self.heads = self._counter("heads", "Heads that the dense network has.", *VERSION)
         self.int8_checked = self._counter(
             "int8_states_checked",
             "Inputs of int8 products compared with their calibrated range (a sample).",
-            "model",
-            "version",
+            *VERSION,
         )
         self.int8_clipped = self._counter(
             "int8_states_clipped",
             "Of the inputs checked, those clipped to their calibrated range.",
-            "model",
-            "version",
+            *VERSION,
         )
         self.batch_items = self._histogram(
             "batch_items", "Items in a batch.", BATCH_ITEMS, "model", "budget"
@@ -221,23 +202,19 @@ class Metrics:
             "quality_level_configured", "Quality level without overload.", "model"
         )
         self.dropped_reports = self._counter(
-            "dropped_reports", "Reports of counts that were dropped since the hub did not read.",
+            "dropped_reports",
+            "Reports of counts that were dropped since the hub did not read.",
             "source",
-        )  # fmt: skip
+        )
         self.fronts = self._gauge("fronts", "Frontends that serve.")
         self.model_info = self._gauge(
-            "model_info", "Models served.",
-            "model", "version", "labels", "layers", "heads", "device", "dtype",
-        )  # fmt: skip
+            "model_info", "Models served.", *VERSION, "labels", "layers", "heads", "device", "dtype"
+        )
         self.build_info = self._gauge(
             "build_info", "Version of this program and of torch.", "version", "commit", "torch"
         )
-        self.model_load = self._gauge(
-            "model_load_seconds", "Time to load a model.", "model", "version"
-        )
-        self.model_memory = self._gauge(
-            "model_memory_bytes", "Size of the weights.", "model", "version"
-        )
+        self.model_load = self._gauge("model_load_seconds", "Time to load a model.", *VERSION)
+        self.model_memory = self._gauge("model_memory_bytes", "Size of the weights.", *VERSION)
         self.device_memory = self._gauge(
             "device_memory_bytes", "Device memory that an engine uses.", "engine"
         )
@@ -296,13 +273,9 @@ class Metrics:
     def register_model(self, model: str, version: str, budgets: Iterable[int]) -> None:
         """Create the series of a model version, so that they begin at 0."""
         self._models.add((model, version))
-        for metric in (
-            self.model_request_duration, self.model_items_failed,
-            self.cache_hits, self.cache_misses,
-            self.request_heads, self.item_tokens, self.macs, self.dense_macs, self.heads_used,
-            self.heads, self.int8_checked, self.int8_clipped,
-        ):  # fmt: skip
-            metric.labels(model, version)
+        for metric, labels in self._counted.values():
+            if labels == VERSION:
+                metric.labels(model, version)
         for outcome in OUTCOMES:
             self.model_requests.labels(model, version, outcome)
         for gauge in (self.queue_items, self.queue_cost, self.queue_oldest, self.in_flight):
@@ -332,15 +305,9 @@ class Metrics:
     def forget_model(self, model: str, version: str) -> None:
         """Remove the series of a model version; later reports on it are not counted."""
         self._models.discard((model, version))
-        for metric in (
-            self.model_requests, self.model_request_duration, self.model_items_failed,
-            self.cache_hits, self.cache_misses,
-            self.request_heads, self.items, self.items_expected, self.item_tokens,
-            self.macs, self.dense_macs, self.heads_used, self.heads,
-            self.int8_checked, self.int8_clipped,
-            self.shadow_items, self.shadow_seconds, self.shadow_macs, self.shadow_heads,
-        ):  # fmt: skip
-            metric.remove_by_labels({"model": model, "version": version})
+        for metric, labels in self._counted.values():
+            if labels[:2] == VERSION:
+                metric.remove_by_labels({"model": model, "version": version})
 
     def forget_model_name(self, model: str) -> None:
         """Remove the series that all versions of a model share."""
@@ -382,23 +349,25 @@ class Metrics:
 
     def _add(self, series: Series, grown: float | Observations) -> None:
         name, *labels = series
-        if self._is_unknown(self._labels[name], labels):
+        metric, names = self._counted[name]
+        if self._is_unknown(names, labels):
             return
         if isinstance(grown, Observations):
-            self._histograms[name].labels(*labels).add(grown)
+            assert isinstance(metric, Histogram)
+            metric.labels(*labels).add(grown)
         else:
-            counter = self._counters[name]
-            (counter.labels(*labels) if labels else counter).inc(grown)
+            assert isinstance(metric, Counter)
+            (metric.labels(*labels) if labels else metric).inc(grown)
 
     def _is_unknown(self, names: tuple[str, ...], values: Sequence[str]) -> bool:
         """Return whether the labels name an unknown model version or key."""
-        if names[:2] == ("model", "version"):
+        if names[:2] == VERSION:
             return tuple(values[:2]) not in self._models
         return names[:1] == ("key",) and values[0] not in self._keys
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         counter = Counter(name, text, labels, namespace=PREFIX, registry=self.registry)
-        self._counters[name], self._labels[name] = counter, labels
+        self._counted[name] = counter, labels
         return counter
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
@@ -407,7 +376,7 @@ class Metrics:
     def _histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
         histogram = Histogram(f"{PREFIX}_{name}", text, buckets, labels)
         self.registry.register(histogram)
-        self._histograms[name], self._labels[name] = histogram, labels
+        self._counted[name] = histogram, labels
         return histogram
 
 

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -84,6 +85,7 @@ class Tracing:
         closing.join(CLOSE_SECONDS)
 
 
+@dataclass(frozen=True)
 class OtelPassSpans:
     """Record passes as spans.
 
@@ -91,9 +93,8 @@ class OtelPassSpans:
     gets two spans in its own trace: its wait for the pass, and the pass, linked to the root span.
     """
 
-    def __init__(self, tracer: Tracer, clock: Callable[[], float]) -> None:
-        self._tracer = tracer
-        self._clock = clock
+    tracer: Tracer
+    clock: Callable[[], float]
 
     def ran(self, run: PassRun) -> None:
         """Record a pass for its traced requests."""
@@ -103,7 +104,7 @@ class OtelPassSpans:
                 served.setdefault(item.request, []).append(item)
         if not served:
             return
-        since_epoch = time.time_ns() - int(self._clock() * 1e9)
+        since_epoch = time.time_ns() - int(self.clock() * 1e9)
 
         def wall(moment: float) -> int:
             return since_epoch + int(moment * 1e9)
@@ -116,7 +117,7 @@ class OtelPassSpans:
         if run.stage == "compute":
             common["budgetformer.batch.budget"] = run.step
         parents = {request: _span_context(request) for request in served}
-        whole = self._tracer.start_span(
+        whole = self.tracer.start_span(
             f"{run.stage} batch",
             context=Context(),
             attributes=common | {"budgetformer.batch.requests": len(served)},
@@ -127,12 +128,12 @@ class OtelPassSpans:
         for request, items in served.items():
             within = set_span_in_context(NonRecordingSpan(parents[request]), Context())
             queued = min(item.waits_since for item in items)
-            self._tracer.start_span("queue", within, start_time=wall(queued)).end(wall(run.started))
+            self.tracer.start_span("queue", within, start_time=wall(queued)).end(wall(run.started))
             details: dict[str, str | int] = {
                 "budgetformer.budget": max(item.budget for item in items),
                 "budgetformer.items": len(items),
             }
-            self._tracer.start_span(
+            self.tracer.start_span(
                 run.stage,
                 within,
                 attributes=common | details,

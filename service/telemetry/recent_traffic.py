@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import Counter
 
-from service.telemetry.counts import DURATIONS
+from service.telemetry.counts import DURATIONS, quantile
 from service.telemetry.metrics import Metrics
 
 SLOT_SECONDS = 5.0
@@ -73,7 +72,7 @@ class RecentTraffic:
         spent = {key: tuple(by[key] for by in values) for key in values[0]}
         self._seen.append(_Totals(now, durations, items, spent))
 
-    def tell(self, model: str) -> dict[str, Any]:
+    def report(self, model: str) -> dict[str, Any]:
         """Return the cost of a model's texts and the duration of requests, as JSON types.
 
         `slots` holds the intervals, oldest first; `window` is the total. In each of them, `at` is
@@ -118,28 +117,10 @@ def _between(before: _Totals, after: _Totals, model: str) -> dict[str, Any]:
         "heads_share": spent[0] / spent[1] if spent[1] else None,
         "macs_share": spent[2] / spent[3] if spent[3] else None,
         "requests": int(counts[-1]),
-        "p50_ms": _quantile_ms(0.5, counts),
-        "p99_ms": _quantile_ms(0.99, counts),
+        "p50_ms": round(1000 * quantile(counts, 0.5), 3) if counts[-1] else None,
+        "p99_ms": round(1000 * quantile(counts, 0.99), 3) if counts[-1] else None,
     }
 
 
 def _growth(before: float, after: float) -> float:
     return after - before if after >= before else after
-
-
-def _quantile_ms(share: float, counts: Sequence[float]) -> float | None:
-    """Return a quantile of the durations, interpolated within a bucket as Prometheus does.
-
-    Args:
-        share: the quantile, 0..1.
-        counts: cumulative counts by bound of `DURATIONS`, and of all durations.
-    """
-    rank = share * counts[-1]
-    if not rank:
-        return None
-    bucket = next(bucket for bucket, count in enumerate(counts) if count >= rank)
-    if bucket == len(DURATIONS):
-        return DURATIONS[-1] * 1000
-    below, low = (counts[bucket - 1], DURATIONS[bucket - 1]) if bucket else (0.0, 0.0)
-    within = (rank - below) / (counts[bucket] - below)
-    return round((low + within * (DURATIONS[bucket] - low)) * 1000, 3)

@@ -305,8 +305,8 @@ class TestTriton:
         [
             ({"model_name": "nothing"}, "404", "no model 'nothing'"),
             ({"model_version": "7"}, "404", "not 7"),
-            ({"inputs": [texts_input(TEXTS, name="words")]}, "422", "unexpected input 'words'"),
-            ({"outputs": [triton.InferRequestedOutput("x")]}, "422", "unexpected output 'x'"),
+            ({"inputs": [texts_input(TEXTS, name="words")]}, "422", "unknown input 'words'"),
+            ({"outputs": [triton.InferRequestedOutput("x")]}, "422", "unknown output 'x'"),
             ({"parameters": {"quality": "superb"}}, "422", "quality"),
             ({"parameters": {"truncate": False}, "inputs": [texts_input([LONG])]}, "422",
              f"more than {MAX_TOKENS} tokens"),

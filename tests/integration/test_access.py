@@ -15,7 +15,7 @@ import pytest
 import pytest_asyncio
 from structlog.testing import capture_logs
 
-from service.keys import LOOK_SECONDS, digest, key_line
+from service.keys import POLL_SECONDS, digest, key_line
 from tests.support.serving import Service, error_of, held, service
 from tests.support.stores import TOPICS
 from tests.support.waiting import until
@@ -277,8 +277,8 @@ class TestRotation:
     async def test_a_key_is_taken_back_while_serving(
         self, model_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("service.keys.LOOK_SECONDS", 0.0)
-        assert LOOK_SECONDS > 0
+        monkeypatch.setattr("service.keys.POLL_SECONDS", 0.0)
+        assert POLL_SECONDS > 0
         file = write(tmp_path / "keys.toml", old=key("old"))
         async with service(model_store, models=[TOPICS], keys_file=file) as running:
 

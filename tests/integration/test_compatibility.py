@@ -184,16 +184,19 @@ class TestInfer:
     @pytest.mark.parametrize(
         ("tensor", "message"),
         [
-            (text_tensor([TEXT], shape=[2, 1]), "has 1 elements, but its shape says 2"),
-            (text_tensor([TEXT], shape=[1, 2]), "must have the shape"),
-            (text_tensor([TEXT], shape=[]), "must have the shape"),
+            (text_tensor([TEXT], shape=[2, 1]), "has 1 elements, but its shape requires 2"),
+            (text_tensor([TEXT], shape=[1, 2]), "it must be [items] or [items, 1]"),
+            (text_tensor([TEXT], shape=[]), "it must be [items] or [items, 1]"),
             (text_tensor([], shape=[0, 1]), "at least one item"),
-            (text_tensor([5]), "must hold strings"),
+            (text_tensor([5]), "must contain only strings"),
             (text_tensor([TEXT], datatype="FP32"), "datatype"),
-            (text_tensor([TEXT], data=None), "either `data` or `binary_data_size`"),
+            (text_tensor([TEXT], data=None), "either `data` or the parameter `binary_data_size`"),
             (text_tensor([TEXT], parameters={"binary_data_size": 4}), "either"),
-            (text_tensor([TEXT], data=None, parameters={"binary_data_size": 9}), "shape says 1"),
-            (text_tensor([TEXT], name="words"), "unexpected input 'words'"),
+            (
+                text_tensor([TEXT], data=None, parameters={"binary_data_size": 9}),
+                "shape requires 1",
+            ),
+            (text_tensor([TEXT], name="words"), "unknown input 'words'"),
             (text_tensor([TEXT], name="text_pair"), "input 'text' is missing"),
         ],
         ids=lambda value: value if isinstance(value, str) else "",
@@ -206,8 +209,11 @@ class TestInfer:
     @pytest.mark.parametrize(
         ("fields", "message"),
         [
-            ({"outputs": [{"name": "labels"}]}, "unexpected output 'labels'"),
-            ({"outputs": [{"name": "label", "parameters": {"classification": 1}}]}, "'probs' can"),
+            ({"outputs": [{"name": "labels"}]}, "unknown output 'labels'"),
+            (
+                {"outputs": [{"name": "label", "parameters": {"classification": 1}}]},
+                "is for output 'probs'",
+            ),
             ({"parameters": {"priority": 3}}, "priority"),
             ({"parameters": {"heads": HEADS + 1}}, str(HEADS)),
         ],
@@ -242,7 +248,7 @@ class TestInfer:
     async def test_a_length_that_is_none(self, shared: Service, length: str) -> None:
         headers = {"Inference-Header-Content-Length": length}
         response = await shared.client.post(INFER, content=b"{}", headers=headers)
-        assert "length of the JSON" in infer_error(response, 400)
+        assert "length of the body's JSON" in infer_error(response, 400)
 
     async def test_errors_keep_their_status(self, shared: Service) -> None:
         infer_error(await shared.client.post(INFER, content=b"{"), 400)

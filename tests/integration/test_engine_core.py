@@ -21,7 +21,7 @@ from service.engine.device import EXIT_CODE
 from service.engine.server import EngineServer
 from service.ipc.engine_messages import (
     Answer,
-    BatchRan,
+    BatchReport,
     Cancel,
     Classify,
     Done,
@@ -152,7 +152,7 @@ async def test_texts_wait_in_the_bucket_of_the_step_that_f_o_predicted(model_sto
     assert isinstance(answer, Answer)
     steps = answer.answers.read().all_steps()
     ran = Counter(step for own in steps for step in own if step)
-    batches = [one for one in told if isinstance(one, BatchRan)]
+    batches = [one for one in told if isinstance(one, BatchReport)]
     assert ran == sum((Counter({one.budget: one.items}) for one in batches), Counter())
     assert set(map(tuple, steps)) == {(0, 1), (0, 2), (0, 1, 2)}
     assert core.queued_seconds == pytest.approx(0)
@@ -286,7 +286,7 @@ async def test_a_device_that_is_lost_while_a_model_loads_ends_the_engine(
 ) -> None:
     device, codes = LostDevice(), list[int]()
     async with loaded(model_store, texts, EngineOptions(), probe=device.probe) as frontend:
-        monkeypatch.setattr("service.engine.model_loader.load_model", device.run)
+        monkeypatch.setattr("service.engine.core.load_model", device.run)
         working = asyncio.create_task(EngineServer(frontend.core, exit=codes.append).work())
         frontend.core.receive(Load(7, "another/1"), frontend.reply)
         async with asyncio.timeout(20):

@@ -306,7 +306,7 @@ class TestErrors:
             (
                 question(inputs=[typed("text", "BYTES", [2, 1], bytes_contents=[b"a"])]),
                 "INVALID_ARGUMENT",
-                "its shape says 2",
+                "its shape requires 2",
             ),
             (
                 question(inputs=[typed("text", "BYTES", [1], bytes_contents=[b"\xff"])]),
@@ -339,7 +339,7 @@ class TestErrors:
             (
                 question(inputs=[typed_texts(TEXTS)], outputs=[{"name": "odd"}]),
                 "INVALID_ARGUMENT",
-                "unexpected output",
+                "unknown output",
             ),
             (
                 question(

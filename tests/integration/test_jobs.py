@@ -6,14 +6,18 @@ import asyncio
 import csv
 import io
 import json
-from collections.abc import AsyncIterator
+import os
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import fsspec
 import httpx
 import msgspec
+import psutil
 import pytest
 import pytest_asyncio
+from fsspec.implementations.memory import MemoryFileSystem
 from structlog.testing import capture_logs
 
 from budgetformer.client import AsyncClient, InputError, ServerError
@@ -354,6 +358,34 @@ async def test_every_frontend_answers_for_every_job(running: Service) -> None:
     assert headers["content-disposition"] == f'attachment; filename="{job["id"]}.csv"'
 
 
+@pytest.mark.parametrize("headers", [{}, {"range": "bytes=0-33554431"}])
+async def test_a_head_request_does_not_read_the_result(
+    running: Service, headers: dict[str, str]
+) -> None:
+    job = await submitted(running.client, written(ROWS[:10], "csv"), "csv")
+    await ended(running.client, job)
+    jobs = running.app.state.shared.settings.state_dir / "jobs"
+    os.truncate(jobs / job["id"] / "result.csv", 2**26)
+    before = psutil.Process().io_counters().read_chars
+    response = await running.client.head(f"/jobs/{job['id']}/result", headers=headers)
+    assert psutil.Process().io_counters().read_chars - before < 2**20
+    assert (response.status_code, response.content) == (200, b"")
+    assert response.headers["content-length"] == str(2**26)
+
+
+async def test_a_small_result_has_the_same_size_in_a_head_request(running: Service) -> None:
+    job = await submitted(running.client, written(ROWS[:30], "csv"), "csv")
+    await ended(running.client, job)
+    sizes = [
+        (await running.client.request(method, f"/jobs/{job['id']}/result")).headers[
+            "content-length"
+        ]
+        for method in ("GET", "HEAD")
+    ]
+    assert sizes[0] == sizes[1]
+    assert int(sizes[0]) > 4096, "large enough to be compressed"
+
+
 async def test_what_a_job_counts(running: Service) -> None:
     before = await running.scrape()
     job = await submitted(running.client, written(ROWS, "jsonl"), quality="best")
@@ -469,7 +501,7 @@ class TestRefusals:
         blocked.write_text("this is no folder")
         async with service(model_store, models=[TOPICS], state_dir=blocked / "state") as it:
             message = error_of(await self.post(it), 503, "jobs_unavailable")["message"]
-            assert message == "the server cannot store jobs: Not a directory"
+            assert message == "the server cannot store jobs: Not a directory; try again later"
 
             async def told() -> bool:
                 errors = (await it.client.get("/health")).json()["errors"]
@@ -527,6 +559,18 @@ class TestKeys:
         error_of(await keyed.client.get("/jobs"), 401, "no_key")
 
 
+class _S3(MemoryFileSystem):
+    """An object store in this process: fsspec's own, under the scheme of S3."""
+
+    protocol = "s3"
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return "/" + path.removeprefix("s3://").strip("/")
+
+
 class TestSources:
     @pytest_asyncio.fixture
     async def place(self) -> AsyncIterator[tuple[str, dict[str, bytes]]]:
@@ -548,11 +592,18 @@ class TestSources:
         async with server:
             yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", files
 
+    @pytest.fixture
+    def bucket(self) -> Iterator[_S3]:
+        """Return an object store, which fsspec opens for URLs that begin with s3://."""
+        fsspec.register_implementation("s3", _S3, clobber=True)
+        yield _S3()
+        _S3.store.clear()
+
     @pytest_asyncio.fixture
     async def sourced(
         self, model_store: Path, tmp_path: Path, place: tuple[str, dict[str, bytes]]
     ) -> AsyncIterator[Service]:
-        sources = [f"{place[0]}/texts/"]
+        sources = [f"{place[0]}/texts/", "s3://bucket/texts/"]
         async with (
             service(
                 model_store, models=[TOPICS], state_dir=tmp_path, job_sources=sources,
@@ -576,6 +627,42 @@ class TestSources:
         assert (job["status"], job["source"]) == ("finished", f"{address}/texts/a.csv")
         rows = read(await result(sourced.client, job), "jsonl")
         assert [row["text"] for row in rows] == [text for text, _ in ROWS]
+
+    @pytest.mark.parametrize("kind", KINDS)
+    async def test_are_read_from_an_object_store(
+        self, sourced: Service, bucket: _S3, kind: str
+    ) -> None:
+        bucket.pipe_file(f"/bucket/texts/day.{kind}", written(ROWS, kind))
+        source = f"s3://bucket/texts/day.{kind}"
+        response = await self.submit(sourced, source, format="jsonl")
+        assert response.status_code == 202
+        job = await ended(sourced.client, response.json())
+        assert (job["status"], job["source"], job["input"]) == ("finished", source, kind)
+        rows = read(await result(sourced.client, job), "jsonl")
+        assert [row["text"] for row in rows] == [text for text, _ in ROWS]
+
+    @pytest.mark.parametrize(
+        ("name", "why"),
+        [
+            ("missing.csv", "no such file"),
+            ("folder.csv", "a folder, not a file"),
+            ("large.csv", "larger than 100000 bytes"),
+        ],
+    )
+    async def test_that_an_object_store_lacks_fail_the_job(
+        self, sourced: Service, bucket: _S3, name: str, why: str
+    ) -> None:
+        bucket.pipe_file("/bucket/texts/folder.csv/a.csv", written(ROWS, "csv"))
+        bucket.pipe_file("/bucket/texts/large.csv", b"text\n" + b"x" * 100_000)
+        response = await self.submit(sourced, f"s3://bucket/texts/{name}")
+        job = await ended(sourced.client, response.json())
+        assert job["status"] == "failed"
+        assert why in job["error"]
+        assert f"s3://bucket/texts/{name}" in job["error"]
+
+    async def test_in_other_buckets_are_refused(self, sourced: Service) -> None:
+        for source in ("s3://other/texts/a.csv", "s3://bucket/a.csv", "gs://bucket/texts/a.csv"):
+            error_of(await self.submit(sourced, source), 422, "source_not_allowed", "source")
 
     @pytest.mark.parametrize(
         ("name", "why"),

@@ -263,7 +263,7 @@ class TestTokenizerThatPanics:
 class TestLoad:
     @pytest.mark.parametrize(
         "where",
-        ["service.engine.model_loader.load_model", "service.control.catalog.Catalog.candidate"],
+        ["service.engine.core.load_model", "service.control.catalog.Catalog.candidate"],
     )
     async def test_whatever_goes_wrong_is_answered(
         self, one: Service, monkeypatch: pytest.MonkeyPatch, where: str
@@ -289,7 +289,7 @@ class TestLoad:
 
         async with service(store, engines=2, models=[TOPICS]) as running:
             with monkeypatch.context() as patch:
-                patch.setattr("service.engine.model_loader.load_model", fail)
+                patch.setattr("service.engine.core.load_model", fail)
                 error_of(await load(running, PAIRS), 422, "broken_checkpoint")
             assert tried == [store / PAIRS / "1"]
             assert (await load(running, PAIRS)).status_code == 200
@@ -477,7 +477,7 @@ class TestLoadThatHangs:
 
     @pytest.mark.parametrize(
         "where",
-        ["service.engine.model_loader.load_model", "service.control.catalog.Catalog.candidate"],
+        ["service.engine.core.load_model", "service.control.catalog.Catalog.candidate"],
     )
     async def test_the_change_fails_in_time_and_later_ones_are_made(
         self, store: Path, monkeypatch: pytest.MonkeyPatch, where: str
@@ -496,7 +496,7 @@ class TestLoadThatHangs:
                     status = response.status_code
                     assert status == 504 or (status, where) == (
                         422,
-                        "service.engine.model_loader.load_model",
+                        "service.engine.core.load_model",
                     )
                     error_of(response, status)
             assert (await load(running, PAIRS)).status_code == 200

@@ -60,7 +60,7 @@ class TestHealth:
 
     async def test_components_are_ok(self, shared: Service) -> None:
         def beating() -> bool:
-            told = shared.app.state.shared.hub.alive
+            told = shared.app.state.shared.hub.heartbeat
             return told is not None and told.frontends == 1
 
         await until(beating, "the hub's word of its frontends")
@@ -151,7 +151,7 @@ async def test_ready_when_all_takes_every_model(store: Path, ready_when: str, re
         await until(told, "word of the broken model")
 
         def equipped() -> bool:
-            told = running.app.state.shared.hub.alive
+            told = running.app.state.shared.hub.heartbeat
             return told is not None and told.equipped
 
         await until(equipped, "word of the engines")
@@ -616,7 +616,7 @@ async def test_a_scrape_that_fails_is_one_answer_and_the_next_one_succeeds(
         assert [line["message"] for line in failures] == ["Scrape"]
 
 
-@pytest.mark.parametrize(("slow", "limit"), [(False, "SILENCE_LIMIT"), (True, "SHOW_SECONDS")])
+@pytest.mark.parametrize(("slow", "limit"), [(False, "SILENCE_LIMIT"), (True, "QUERY_SECONDS")])
 async def test_a_scrape_does_not_wait_for_a_hub_that_is_stopped_or_slow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: bool, limit: str
 ) -> None:

@@ -14,8 +14,8 @@ from prometheus_client import generate_latest
 
 from service.control.catalog import Catalog
 from service.control.hub import Hub
-from service.ipc.connection import DisconnectedError, Say, listening
-from service.ipc.control_messages import Acknowledged, Scrape, Serving
+from service.ipc.connection import DisconnectedError, Sender, listening
+from service.ipc.control_messages import CatalogUpdate, ReportAcknowledged, Scrape
 from service.ipc.frames import Message
 from service.ipc.hub_client import HubLink
 from service.settings import Settings
@@ -32,10 +32,10 @@ class LossyHub(Hub):
 
     loses = False
 
-    async def serve_frontend(self, reader: asyncio.StreamReader, say: Say) -> None:
+    async def serve_frontend(self, reader: asyncio.StreamReader, send: Sender) -> None:
         def say_some(message: Message) -> bool:
-            lost = self.loses and isinstance(message, Acknowledged)
-            return lost or say(message)
+            lost = self.loses and isinstance(message, ReportAcknowledged)
+            return lost or send(message)
 
         await super().serve_frontend(reader, say_some)
 
@@ -52,7 +52,7 @@ def empty_hub(folder: Path) -> LossyHub:
 
 @asynccontextmanager
 async def frontend(socket: Path) -> AsyncIterator[HubLink]:
-    async def serve(_: Serving) -> None:
+    async def serve(_: CatalogUpdate) -> None:
         return
 
     to_hub = HubLink(socket, serve, ["/classify"])
@@ -109,7 +109,7 @@ async def _report(to_hub: HubLink) -> None:
     """Have a connection and ask, which takes the counts along; it may break meanwhile."""
     await until(lambda: to_hub.connected, "a connection")
     with suppress(DisconnectedError):
-        await to_hub.show(SCRAPE)
+        await to_hub.query(SCRAPE)
 
 
 async def test_a_hub_that_is_started_anew_counts_what_the_one_before_did_not_acknowledge() -> None:
@@ -122,13 +122,13 @@ async def test_a_hub_that_is_started_anew_counts_what_the_one_before_did_not_ack
                 for count in (3, 4):
                     for _ in range(count):
                         to_hub.counts.connection_ended("malformed")
-                    await to_hub.show(SCRAPE)
+                    await to_hub.query(SCRAPE)
                     before.loses = True
                 assert before.counted() == 7
             to_hub.counts.texts_asked("one", 2)
             await stack.enter_async_context(listening(socket, after.serve_frontend))
             await until(lambda: after.counted() > 0, "what was not acknowledged")
-            await to_hub.show(SCRAPE)
+            await to_hub.query(SCRAPE)
         shown = Exposition(generate_latest(after.metrics.registry).decode())
         assert after.counted() == 4
         assert shown.by("key", "key_texts_total") == {"one": 2}, "it knows the keys"

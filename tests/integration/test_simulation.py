@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from budgetformer.checkpoint.store import read_checkpoint
-from service.ipc.engine_messages import BatchRan, ToFrontend
+from service.ipc.engine_messages import BatchReport, ToFrontend
 from service.settings import Settings
 from service.simulation.costs import EngineCost
 from service.simulation.engine import SimEngine, SimModel, SimRequest
@@ -41,7 +41,7 @@ async def compare(fresh: Service) -> None:
     say = core.broadcast
 
     def listen(message: ToFrontend) -> None:
-        if isinstance(message, BatchRan) and message.budget:
+        if isinstance(message, BatchReport) and message.budget:
             real.append((message.budget, message.items))
         say(message)
 

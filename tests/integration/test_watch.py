@@ -10,8 +10,8 @@ from prometheus_client import generate_latest
 
 from service.control.catalog import Catalog
 from service.control.engine_watch import EngineWatch
-from service.ipc.engine_client import EngineClient, Lost
-from service.ipc.engine_messages import PROTOCOL, BatchRan, Heartbeat, Hello, ModelInfo, Models
+from service.ipc.engine_client import Disconnected, EngineClient
+from service.ipc.engine_messages import PROTOCOL, BatchReport, Heartbeat, Hello, ModelInfo, Models
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 from tests.support.exposition import Exposition
@@ -57,9 +57,9 @@ def test_queues_of_all_engines_are_added_up(metrics: Metrics, watch: EngineWatch
 def test_the_queue_of_an_engine_that_died_is_gone(metrics: Metrics, watch: EngineWatch) -> None:
     watch(0, BEAT)
     watch(1, BEAT)
-    watch(0, Lost())
+    watch(0, Disconnected())
     assert shown(metrics).total("queue_items") == 3
-    watch(1, Lost())
+    watch(1, Disconnected())
     seen = shown(metrics)
     for name in ("queue_items", "queue_cost_seconds", "queue_oldest_age_seconds"):
         assert seen.total(name, model="topics") == 0
@@ -77,8 +77,8 @@ def test_a_restart_is_another_process_under_the_same_index(
 def test_the_time_of_passes_is_the_time_that_a_device_is_busy(
     metrics: Metrics, watch: EngineWatch
 ) -> None:
-    watch(1, BatchRan("topics", 2, 1, 8, 80, 0.0, 0.25))
-    watch(1, BatchRan("topics", 2, 0, 8, 80, 0.0, 0.05))
+    watch(1, BatchReport("topics", 2, 1, 8, 80, 0.0, 0.25))
+    watch(1, BatchReport("topics", 2, 0, 8, 80, 0.0, 0.05))
     busy = shown(metrics).by("engine", "device_busy_seconds_total")
     assert busy == {"1": pytest.approx(0.3)}
 
@@ -88,7 +88,7 @@ def test_clipped_states_are_counted_by_model_and_version(
 ) -> None:
     metrics.register_model("topics", "2", range(3))
     for clipped in (3, 4):
-        watch(1, BatchRan("topics", 2, 1, 8, 80, 0.0, 0.25, checked=100, clipped=clipped))
+        watch(1, BatchReport("topics", 2, 1, 8, 80, 0.0, 0.25, checked=100, clipped=clipped))
     seen = shown(metrics)
     assert seen.total("int8_states_checked_total", model="topics", version="2") == 200
     assert seen.total("int8_states_clipped_total", model="topics", version="2") == 7
@@ -99,7 +99,7 @@ def test_an_engine_that_never_came_grows_silent(
 ) -> None:
     clients = [EngineClient(i, Path("nowhere"), watch) for i in range(2)]
     now = time.monotonic()
-    clients[1].heard = now + 60
+    clients[1].last_seen = now + 60
     monkeypatch.setattr(time, "monotonic", lambda: now + 61)
     watch.refresh(clients)
     ages = shown(metrics).by("engine", "engine_heartbeat_age_seconds")
@@ -152,6 +152,6 @@ def test_a_model_that_is_gone_is_not_brought_back_by_what_engines_say(
     metrics.quality_level.remove("topics")
     watch.forget_model("topics")
     watch(0, BEAT)
-    watch(0, BatchRan("topics", 2, 1, 8, 80, 0.0, 0.25, dropped=3))
+    watch(0, BatchReport("topics", 2, 1, 8, 80, 0.0, 0.25, dropped=3))
     assert 'model="' not in generate_latest(metrics.registry).decode()
     assert shown(metrics).by("source", "dropped_reports_total") == {"engine": 3}

@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 
 from service.ipc import frames
-from service.ipc.connection import Say
+from service.ipc.connection import Sender
 from service.ipc.control_messages import (
     TO_HUB,
-    Acknowledged,
-    Alive,
-    Here,
-    Report,
+    CatalogUpdate,
+    ContentReply,
+    CountsReport,
+    FrontendHello,
+    HubHeartbeat,
+    ReportAcknowledged,
     Scrape,
-    Serving,
-    Shown,
 )
 
 
@@ -25,22 +25,22 @@ class StalledHub:
         self.slow = slow
         self.reads = asyncio.Event()
         self.keys: list[list[str]] = []
-        self.reports: list[Report] = []
+        self.reports: list[CountsReport] = []
         self.connections = 0
 
-    async def came(self, reader: asyncio.StreamReader, say: Say) -> None:
+    async def came(self, reader: asyncio.StreamReader, send: Sender) -> None:
         self.connections += 1
-        say(Serving(0, [], [], [], {}))
+        send(CatalogUpdate(0, [], [], [], {}))
         while True:
             await self.reads.wait()
             message = await frames.read(reader, TO_HUB)
             if message is None:
                 return
-            say(Alive(1, {}, True))
-            if isinstance(message, Here):
+            send(HubHeartbeat(1, {}, True))
+            if isinstance(message, FrontendHello):
                 self.keys.append(message.keys)
-            if isinstance(message, Report):
+            if isinstance(message, CountsReport):
                 self.reports.append(message)
-                say(Acknowledged(message.number))
+                send(ReportAcknowledged(message.number))
             if isinstance(message, Scrape) and not self.slow:
-                say(Shown(message.id, b"series", "text/plain"))
+                send(ContentReply(message.id, b"series", "text/plain"))

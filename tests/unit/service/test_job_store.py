@@ -93,6 +93,19 @@ def test_newest_first_and_oldest_next(store: JobStore) -> None:
     assert store.count() == {"finished": 1, "running": 1, "queued": 1}
 
 
+def test_the_files_of_a_job_that_has_ended_are_read_once(store: JobStore) -> None:
+    ended, removed, running = added(store), added(store), added(store)
+    for job, status in ((ended, "finished"), (removed, "failed"), (running, "running")):
+        job.write_progress(JobProgress(status=status))
+    assert store.count() == {"finished": 1, "failed": 1, "running": 1}
+    (ended.folder / "progress.json").unlink()
+    store.remove(removed)
+    assert store.count() == {"finished": 1, "running": 1}
+    running.write_progress(JobProgress(status="finished"))
+    assert store.count() == {"finished": 2}
+    assert store.next() is None
+
+
 @pytest.mark.parametrize(
     "name",
     ["..", ".", "", "../jobs", "a/b", "%2e%2e", "0" * 31, "0" * 33, "G" * 32, "0" * 31 + "\n"],
@@ -131,12 +144,12 @@ def test_progress_of_a_removed_job_cannot_be_written(store: JobStore) -> None:
 def test_room_for_jobs_and_for_bytes(store: JobStore) -> None:
     job = added(store, b"x" * 1000)
     store.check_room(2, 2000, 500)
-    with pytest.raises(StoreFullError, match="keeps 1 jobs"):
+    with pytest.raises(StoreFullError, match="keeps at most 1 jobs"):
         store.check_room(1, 2000)
-    with pytest.raises(StoreFullError, match="more than 1400 bytes"):
+    with pytest.raises(StoreFullError, match="exceed 1400 bytes"):
         store.check_room(2, 1400, 500)
     arriving = store.receive(new_id(), "csv")
-    with pytest.raises(StoreFullError, match="keeps 2 jobs"):
+    with pytest.raises(StoreFullError, match="keeps at most 2 jobs"):
         store.check_room(2, 2000)
     arriving.write(b"x" * 1000)
     with pytest.raises(StoreFullError):

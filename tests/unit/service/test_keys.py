@@ -10,8 +10,8 @@ from structlog.testing import capture_logs
 
 from service.keys import (
     ANONYMOUS,
-    LOOK_SECONDS,
     MAX_KEYS,
+    POLL_SECONDS,
     Key,
     KeyRing,
     KeysError,
@@ -180,7 +180,7 @@ class TestRing:
         ring = KeyRing({}, file, clock=clock, changed=changed)
         write(file, web=key("fresh"), more=key("three"))
         assert ring.find(b"one") is not None
-        clock.now += LOOK_SECONDS
+        clock.now += POLL_SECONDS
         assert ring.find(b"one") is None
         assert ring.find(b"fresh") is not None
         assert ring.find(b"two") is None
@@ -192,14 +192,14 @@ class TestRing:
         file.write_text("web = 5\n")
         with capture_logs() as lines:
             for _ in range(5):
-                clock.now += LOOK_SECONDS
+                clock.now += POLL_SECONDS
                 assert ring.find(b"one") is not None
         assert [line["event"] for line in lines] == ["keys not reloaded"]
         file.unlink()
-        clock.now += LOOK_SECONDS
+        clock.now += POLL_SECONDS
         assert ring.find(b"one") is not None
         write(file, web=key("fresh"))
-        clock.now += LOOK_SECONDS
+        clock.now += POLL_SECONDS
         assert ring.find(b"one") is None
 
     def test_what_a_key_has_spent_outlives_a_change_of_others(self, file: Path) -> None:
@@ -211,7 +211,7 @@ class TestRing:
         assert caller is not None
         assert caller.take(10, now=0) == 0
         write(file, slow=slow, more=key("more"))
-        clock.now += LOOK_SECONDS
+        clock.now += POLL_SECONDS
         again = ring.find(b"slow")
         assert again is not None
         assert again.take(1, now=0) == 1
@@ -224,7 +224,7 @@ class TestRing:
         write(tmp_path / "next.toml", web=key("fresh"))
         link.unlink()
         os.symlink(tmp_path / "next.toml", link)
-        clock.now += LOOK_SECONDS
+        clock.now += POLL_SECONDS
         assert ring.find(b"fresh") is not None
 
     def test_as_many_requests_as_allowed(self) -> None:

@@ -17,10 +17,10 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "WATCH_SECONDS", 0.02)
 
 
-async def silent(heard: dict[str, float], limit: float, until: int = 1) -> list[str]:
+async def silent(last_seen: dict[str, float], limit: float, until: int = 1) -> list[str]:
     """Watch until somebody was acted on so many times, or for a second."""
     acted: list[str] = []
-    watching = asyncio.create_task(on_silence(lambda: heard, limit, acted.append))
+    watching = asyncio.create_task(on_silence(lambda: last_seen, limit, acted.append))
     end = time.monotonic() + 1
     while len(acted) < until and time.monotonic() < end:
         await asyncio.sleep(0.01)
@@ -43,8 +43,8 @@ async def test_nobody_is_acted_on_before_the_limit() -> None:
 
 async def test_while_this_process_itself_stood_still_nobody_could_be_heard() -> None:
     acted: list[str] = []
-    heard = {"waiting": time.monotonic()}
-    watching = asyncio.create_task(on_silence(lambda: heard, 0.5, acted.append))
+    last_seen = {"waiting": time.monotonic()}
+    watching = asyncio.create_task(on_silence(lambda: last_seen, 0.5, acted.append))
     await asyncio.sleep(0.01)
     time.sleep(0.7)  # noqa: ASYNC251  # the whole process stands still
     await asyncio.sleep(0.1)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from service.control.rollout import Bounds, RollOut, changed, quantile, share_bounds
-from service.telemetry.counts import DURATIONS, Counts, Spent
+from service.control.rollout import Bounds, RollOut, changed, share_bounds
+from service.telemetry.counts import DURATIONS, Counts, Spent, quantile
 
 
 def rollout(**bounds: float | None) -> RollOut:
@@ -54,6 +54,7 @@ class TestCounting:
         counts = Counts()
         shadowed(counts, 2.0, agreed=290, differed=10)
         counts.shadowed("topics", 2, {"failed": 4, "skipped": 9}, {})
+        counts.shadowed("topics", 1, {"agreed": 50}, {"candidate": Spent(9.0, 9, 9)})
         counts.shadowed("topics", 3, {"agreed": 50}, {})
         one = told(rollout(), counts)
         assert one.shadow_texts == {"agreed": 290, "differed": 10, "failed": 4, "skipped": 9}
@@ -155,7 +156,8 @@ def test_the_quantile_is_in_the_bucket_of_its_rank(values: list[float]) -> None:
     rank = -(-9 * len(values) // 10)
     bound = sorted(values)[rank - 1]
     below = max((d for d in DURATIONS if d < bound), default=0.0)
-    assert below <= quantile(one.figures["served"].durations, 0.9) <= bound
+    cumulative = one.figures["served"].durations.cumulative(DURATIONS)
+    assert below <= quantile(cumulative, 0.9) <= bound
 
 
 def test_only_what_is_given_changes() -> None:

@@ -30,23 +30,23 @@ def child() -> _Child:
 
 def test_a_child_may_be_silent_until_it_has_said_something(child: _Child) -> None:
     child.started = 1000.0
-    assert child.last_word(None, PATIENCE) == 1100.0
-    assert child.last_word(1010.0, PATIENCE) == 1010.0
-    assert child.last_word(None, PATIENCE) == 1010.0
+    assert child.silent_since(None, PATIENCE) == 1100.0
+    assert child.silent_since(1010.0, PATIENCE) == 1010.0
+    assert child.silent_since(None, PATIENCE) == 1010.0
 
 
 def test_one_whose_connection_breaks_was_heard_until_then(child: _Child) -> None:
     child.started = 1000.0
-    assert child.last_word(5000.0, PATIENCE) == 5000.0
-    assert child.last_word(None, PATIENCE) == 5000.0
-    assert child.last_word(5001.0, PATIENCE) == 5001.0
+    assert child.silent_since(5000.0, PATIENCE) == 5000.0
+    assert child.silent_since(None, PATIENCE) == 5000.0
+    assert child.silent_since(5001.0, PATIENCE) == 5001.0
 
 
 def test_what_was_heard_of_the_one_before_says_nothing_of_the_next(child: _Child) -> None:
     child.started = 1000.0
-    child.last_word(5000.0, PATIENCE)
+    child.silent_since(5000.0, PATIENCE)
     child.started = 6000.0
-    assert child.last_word(None, PATIENCE) == 6100.0
+    assert child.silent_since(None, PATIENCE) == 6100.0
 
 
 async def test_only_one_that_is_to_go_on_is_watched(child: _Child) -> None:
@@ -83,7 +83,7 @@ async def test_one_that_cannot_be_started_is_tried_again_and_reported(
     with capture_logs() as lines:
         running = asyncio.create_task(child.keep_running())
         await until(lambda: child.pid is not None, "its start")
-    child.serves()
+    child.mark_serving()
     assert [name for name, _ in told] == ["frontend-3"] * 3
     assert [reason is None for _, reason in told] == [False, False, True]
     assert type(error).__name__ in told[0][1]

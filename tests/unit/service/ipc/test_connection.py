@@ -17,10 +17,10 @@ from structlog.testing import capture_logs
 from service.background import Background
 from service.ipc import connection, frames
 from service.ipc import hub_client as link
-from service.ipc.connection import Connection, DisconnectedError, Say, handle_each, listening
+from service.ipc.connection import Connection, DisconnectedError, Sender, handle_each, listening
 from service.ipc.control_messages import (
+    CatalogUpdate,
     Scrape,
-    Serving,
 )
 from service.ipc.engine_messages import (
     TO_ENGINE,
@@ -61,7 +61,7 @@ class Client(Connection):
 
 @asynccontextmanager
 async def connected(
-    came: Callable[[asyncio.StreamReader, Say], Any],
+    came: Callable[[asyncio.StreamReader, Sender], Any],
 ) -> AsyncIterator[Client]:
     with tempfile.TemporaryDirectory(prefix="bf-") as folder:
         socket = Path(folder) / "it.sock"
@@ -78,16 +78,16 @@ async def connected(
 def test_every_good_message_is_answered_whatever_those_between_raise(
     raised: list[type[Exception] | None],
 ) -> None:
-    async def came(reader: asyncio.StreamReader, say: Say) -> None:
+    async def came(reader: asyncio.StreamReader, send: Sender) -> None:
         def handle(message: Load | Unload | Cancel) -> None:
             # The other direction at the same time: the client cannot handle these.
-            say(Expired(10**6 + message.id))
+            send(Expired(10**6 + message.id))
             if isinstance(message, Unload):
                 raise ERRORS[message.version]
-            say(Done(message.id))
+            send(Done(message.id))
 
         def failed(message: Load | Unload | Cancel, reason: str) -> None:
-            say(Failed(message.id, reason))
+            send(Failed(message.id, reason))
 
         await handle_each(reader, TO_ENGINE, handle, failed, "client")
 
@@ -98,7 +98,7 @@ def test_every_good_message_is_answered_whatever_those_between_raise(
                 for error in raised
             ]
             with capture_logs() as lines:
-                answers = await asyncio.gather(*(client.ask(one, 30) for one in questions))
+                answers = await asyncio.gather(*(client.request(one, 30) for one in questions))
             for answer, error in zip(answers, raised, strict=True):
                 assert isinstance(answer, Done if error is None else Failed)
                 if error is not None:
@@ -114,9 +114,9 @@ def test_every_good_message_is_answered_whatever_those_between_raise(
 
 
 async def test_a_bad_frame_ends_its_connection_alone() -> None:
-    async def came(reader: asyncio.StreamReader, say: Say) -> None:
+    async def came(reader: asyncio.StreamReader, send: Sender) -> None:
         await handle_each(
-            reader, TO_ENGINE, lambda message: say(Done(message.id)), lambda *_: None, "client"
+            reader, TO_ENGINE, lambda message: send(Done(message.id)), lambda *_: None, "client"
         )
 
     async with connected(came) as client:
@@ -124,9 +124,9 @@ async def test_a_bad_frame_ends_its_connection_alone() -> None:
         tasks = Background()
         tasks.start(other.stay_connected())
         await until(lambda: other.connected, "the other connection")
-        client.say(Done(1))  # an engine does not take this
+        client.send(Done(1))  # an engine does not take this
         await until(lambda: client.made == 2, "another connection")
-        assert await other.ask(Load(0, "/"), 30) == Done(0)
+        assert await other.request(Load(0, "/"), 30) == Done(0)
         assert other.made == 1
         await tasks.stop()
 
@@ -141,10 +141,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("droppable", [True, False])
 async def test_what_a_peer_does_not_read_is_bounded(droppable: bool) -> None:
     """Reports are left out, and the connection stays; of other messages none may be missing."""
-    outlets: list[connection.Outlet] = []
     gate = asyncio.Event()
 
-    async def came(reader: asyncio.StreamReader, _: Say) -> None:
+    async def came(reader: asyncio.StreamReader, _: Sender) -> None:
         await gate.wait()
         await reader.read(1)
 
@@ -153,16 +152,13 @@ async def test_what_a_peer_does_not_read_is_bounded(droppable: bool) -> None:
 
     Report.droppable = droppable
     async with connected(came) as client:
-        outlet = client._outlet
-        assert outlet is not None
-        outlets.append(outlet)
-        said = 0
+        sent = 0
         for _ in range(200):
-            said += client.say(Report("x" * 2**16))
+            sent += client.send(Report("x" * 2**16))
             assert client.unsent <= (2**20 if droppable else 2**22) + 2**17
             await asyncio.sleep(0)
         if droppable:
-            assert 0 < said < 200
+            assert 0 < sent < 200
             assert client.connected
         else:
             await until(lambda: client.made == 2, "another connection")
@@ -173,7 +169,7 @@ async def test_what_a_peer_does_not_read_is_bounded(droppable: bool) -> None:
 async def linked(hub: StalledHub) -> AsyncIterator[HubLink]:
     """Run a frontend's connection to a hub, of which nothing is served."""
 
-    async def serve(_: Serving) -> None:
+    async def serve(_: CatalogUpdate) -> None:
         return
 
     with tempfile.TemporaryDirectory(prefix="bf-") as folder:
@@ -193,7 +189,7 @@ async def test_a_stalled_hub_is_not_waited_for_and_nothing_counted_is_lost(
     async with linked(hub) as to_hub:
         to_hub.send_keys(["one"])
         hub.reads.set()
-        assert (await to_hub.show(Scrape(0, False))).content == b"series"
+        assert (await to_hub.query(Scrape(0, False))).content == b"series"
         hub.reads.clear()
         loop = asyncio.get_running_loop()
         for _ in range(3):
@@ -201,7 +197,7 @@ async def test_a_stalled_hub_is_not_waited_for_and_nothing_counted_is_lost(
                 to_hub.counts.connection_ended("malformed")
             began = loop.time()
             with pytest.raises(DisconnectedError):
-                await to_hub.show(Scrape(0, False))
+                await to_hub.query(Scrape(0, False))
             assert loop.time() - began < 10
         assert to_hub.unsent < 1000
         hub.reads.set()
@@ -220,14 +216,14 @@ async def test_a_stalled_hub_is_not_waited_for_and_nothing_counted_is_lost(
 async def test_a_hub_that_is_there_and_slow_is_not_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(link, "SHOW_SECONDS", 0.5)
+    monkeypatch.setattr(link, "QUERY_SECONDS", 0.5)
     hub = StalledHub(slow=True)
     hub.reads.set()
     async with linked(hub) as to_hub:
         with pytest.raises(DisconnectedError):
-            await to_hub.show(Scrape(0, False))
+            await to_hub.query(Scrape(0, False))
         hub.slow = False
-        assert (await to_hub.show(Scrape(0, False))).content == b"series"
+        assert (await to_hub.query(Scrape(0, False))).content == b"series"
 
 
 async def test_a_catalog_that_cannot_be_applied_is_tried_again_and_then_the_newest(
@@ -237,16 +233,16 @@ async def test_a_catalog_that_cannot_be_applied_is_tried_again_and_then_the_newe
     applied: list[int] = []
     tries = 0
 
-    async def serve(serving: Serving) -> None:
+    async def serve(serving: CatalogUpdate) -> None:
         nonlocal tries
         tries += 1
         if tries < 3:
             raise OSError("too many open files")
         applied.append(serving.generation)
 
-    async def came(reader: asyncio.StreamReader, say: Say) -> None:
+    async def came(reader: asyncio.StreamReader, send: Sender) -> None:
         for generation in range(1, 6):
-            say(Serving(generation, [], [], [], {}))
+            send(CatalogUpdate(generation, [], [], [], {}))
         await reader.read()
 
     with tempfile.TemporaryDirectory(prefix="bf-") as folder:
@@ -254,7 +250,7 @@ async def test_a_catalog_that_cannot_be_applied_is_tried_again_and_then_the_newe
         async with listening(socket, came):
             to_hub = HubLink(socket, serve, [])
             await to_hub.start()
-            await until(lambda: to_hub.serving.generation == 5, "the newest")
+            await until(lambda: to_hub.catalog.generation == 5, "the newest")
             assert applied[-1] == 5
             assert tries >= 3
             await to_hub.stop()

@@ -17,7 +17,7 @@ from service.ipc import engine_messages as protocol
 from service.ipc import frames
 from service.ipc.engine_messages import (
     Answer,
-    BatchRan,
+    BatchReport,
     Cancel,
     Classify,
     Configure,
@@ -35,8 +35,8 @@ from service.ipc.engine_messages import (
     SentAnswers,
     SentTexts,
     SentTokens,
+    SubscribeBatches,
     Unload,
-    Watch,
 )
 from service.ipc.frames import Decoder, FrameError
 from service.telemetry.counts import Difference, Observations
@@ -88,7 +88,7 @@ TO_ENGINE = {
         st.dictionaries(words, st.lists(numbers, max_size=2), max_size=2),
     ),
     Unload: st.builds(Unload, numbers, words, numbers),
-    Watch: st.builds(Watch),
+    SubscribeBatches: st.builds(SubscribeBatches),
 }
 levels = st.sampled_from(QUALITY_NAMES)
 TO_FRONTEND = {
@@ -103,7 +103,7 @@ TO_FRONTEND = {
     Expired: st.builds(Expired, numbers),
     Failed: st.builds(Failed, numbers, words),
     Done: st.builds(Done, numbers),
-    BatchRan: st.builds(BatchRan, words, numbers, numbers, numbers, numbers, finite, finite),
+    BatchReport: st.builds(BatchReport, words, numbers, numbers, numbers, numbers, finite, finite),
 }
 lines = st.lists(words, max_size=2)
 served = st.builds(hub.ServedVersion, words, numbers, words)
@@ -124,8 +124,8 @@ differences = st.builds(
     st.dictionaries(series, observations, max_size=2),
 )
 TO_HUB = {
-    hub.Here: st.builds(hub.Here, words, numbers, lines, lines),
-    hub.Swapped: st.builds(hub.Swapped, numbers),
+    hub.FrontendHello: st.builds(hub.FrontendHello, words, numbers, lines, lines),
+    hub.CatalogApplied: st.builds(hub.CatalogApplied, numbers),
     hub.Drained: st.builds(hub.Drained, numbers),
     hub.ChangeModel: st.builds(
         hub.ChangeModel, numbers, st.sampled_from(["load", "unload"]), words, st.none() | numbers
@@ -138,28 +138,28 @@ TO_HUB = {
         st.none() | numbers,
         st.dictionaries(words, st.none() | st.floats(0, 1)),
     ),
-    hub.TellRecent: st.builds(hub.TellRecent, numbers, words),
+    hub.GetRecentTraffic: st.builds(hub.GetRecentTraffic, numbers, words),
     hub.Scrape: st.builds(hub.Scrape, numbers, st.booleans()),
-    hub.Report: st.builds(hub.Report, numbers, differences),
-    hub.Trouble: st.builds(hub.Trouble, words, st.none() | words),
-    hub.SettingsTaken: st.builds(hub.SettingsTaken, numbers),
+    hub.CountsReport: st.builds(hub.CountsReport, numbers, differences),
+    hub.ProblemReport: st.builds(hub.ProblemReport, words, st.none() | words),
+    hub.SettingsApplied: st.builds(hub.SettingsApplied, numbers),
     hub.ReloadSettings: st.builds(hub.ReloadSettings, numbers),
 }
 FROM_HUB = {
-    hub.Serving: st.builds(
-        hub.Serving,
+    hub.CatalogUpdate: st.builds(
+        hub.CatalogUpdate,
         numbers,
         st.lists(served, max_size=2),
         lines,
         lines,
         st.dictionaries(words, words, max_size=2),
     ),
-    hub.Alive: st.builds(
-        hub.Alive, numbers, st.dictionaries(words, words, max_size=2), st.booleans()
+    hub.HubHeartbeat: st.builds(
+        hub.HubHeartbeat, numbers, st.dictionaries(words, words, max_size=2), st.booleans()
     ),
-    hub.Acknowledged: st.builds(hub.Acknowledged, numbers),
-    hub.NotShown: st.builds(hub.NotShown, numbers, words),
-    hub.Changed: st.builds(hub.Changed, numbers, words),
+    hub.ReportAcknowledged: st.builds(hub.ReportAcknowledged, numbers),
+    hub.RequestFailed: st.builds(hub.RequestFailed, numbers, words),
+    hub.ModelChanged: st.builds(hub.ModelChanged, numbers, words),
     hub.ChangeFailed: st.builds(
         hub.ChangeFailed,
         numbers,
@@ -168,11 +168,11 @@ FROM_HUB = {
         ),
         words,
     ),
-    hub.Shown: st.builds(hub.Shown, numbers, st.binary(max_size=20), words),
-    hub.NewSettings: st.builds(hub.NewSettings, numbers, st.binary(max_size=20)),
+    hub.ContentReply: st.builds(hub.ContentReply, numbers, st.binary(max_size=20), words),
+    hub.SettingsUpdate: st.builds(hub.SettingsUpdate, numbers, st.binary(max_size=20)),
     hub.SettingsReloaded: st.builds(hub.SettingsReloaded, numbers, lines, lines, lines),
-    hub.SettingsRefused: st.builds(
-        hub.SettingsRefused, numbers, st.sampled_from(["invalid_settings", "not_supported"]), words
+    hub.SettingsRejected: st.builds(
+        hub.SettingsRejected, numbers, st.sampled_from(["invalid_settings", "not_supported"]), words
     ),
 }
 EXAMPLE = Load(7, "/models/topics/1")

@@ -10,7 +10,6 @@ from service.scheduling.brownout import (
     BrownOutLimits,
     kept_above,
     levels_down_to,
-    lowest,
 )
 
 PROPERTY = settings(max_examples=80, deadline=None, derandomize=True, database=None)
@@ -24,13 +23,11 @@ def three() -> BrownOut:
 
 def test_the_normal_level_is_in_force_at_first() -> None:
     assert three().level == "best"
-    assert not three().lowered
 
 
 def test_a_long_queue_lowers_the_level_by_one() -> None:
     brown = three()
     assert brown.observe(1.1, now=0.0) == "balanced"
-    assert brown.lowered
 
 
 def test_a_step_down_is_given_time_before_the_next() -> None:
@@ -78,7 +75,8 @@ def test_between_the_limits_nothing_changes() -> None:
 def test_it_moves_one_level_at_a_time_and_never_below_the_floor(
     floor: QualityName, steps: list[tuple[float, float]]
 ) -> None:
-    brown = BrownOut(levels_down_to(floor, "best"), LIMITS)
+    levels: list[QualityName] = ["best", "balanced", "fast"]
+    brown = BrownOut(levels[: levels.index(floor) + 1], LIMITS)
     now, before = 0.0, brown.level
     for queued, passed in steps:
         now += passed
@@ -120,5 +118,5 @@ def test_a_floor_of_its_own_keeps_a_model_above_the_level_but_not_above_the_norm
     assert kept_above(floor, level) == kept
 
 
-def test_the_lowest_of_floors() -> None:
-    assert lowest(["best", "fast", "balanced"]) == "fast"
+def test_levels_end_at_the_lowest_floor() -> None:
+    assert levels_down_to("best", "fast", "balanced") == ["balanced", "fast"]

@@ -11,8 +11,8 @@ from budgetformer.cost.table import CostTable, StepCost, read_tables
 from budgetformer.errors import DataError
 from service.simulation.calibrate import among
 from service.simulation.costs import (
-    Asked,
     EngineCost,
+    MeasuredRequests,
     ProcessCost,
     ServerCosts,
     fit_server,
@@ -21,10 +21,10 @@ from service.simulation.costs import (
 from tests.support.simulated import COSTS
 
 
-def asked(costs: ServerCosts, texts: int, tokens: int, runs: float) -> Asked:
+def asked(costs: ServerCosts, texts: int, tokens: int, runs: float) -> MeasuredRequests:
     engine = costs.engine.request + costs.engine.text * texts + costs.engine.run * runs
     frontend, hub = (cost.seconds(texts, tokens) for cost in (costs.frontend, costs.hub))
-    return Asked(texts, tokens, runs, frontend, engine, hub)
+    return MeasuredRequests(texts, tokens, runs, frontend, engine, hub)
 
 
 def test_a_fit_finds_the_costs_that_made_the_times() -> None:
@@ -38,14 +38,17 @@ def test_a_fit_finds_the_costs_that_made_the_times() -> None:
 
 
 def test_no_cost_is_below_zero() -> None:
-    found = fit_server([Asked(1, 10, 1, 1e-3, 1e-3, 0), Asked(2, 30, 1, 1e-4, 1e-5, -1e-5)] * 2)
+    found = fit_server(
+        [MeasuredRequests(1, 10, 1, 1e-3, 1e-3, 0), MeasuredRequests(2, 30, 1, 1e-4, 1e-5, -1e-5)]
+        * 2
+    )
     assert min(*astuple(found.frontend), *astuple(found.engine), *astuple(found.hub)) >= 0
 
 
 def test_one_of_a_crowd_takes_part_of_what_a_lone_request_takes() -> None:
     frontend, hub = (cost.seconds(1, 50) / 4 for cost in (COSTS.frontend, COSTS.hub))
-    assert among(COSTS, Asked(1, 50, 0, frontend, 1.0, hub)) == pytest.approx(0.25)
-    assert among(COSTS, Asked(1, 50, 0, 8 * frontend, 1.0, hub)) == 1.0
+    assert among(COSTS, MeasuredRequests(1, 50, 0, frontend, 1.0, hub)) == pytest.approx(0.25)
+    assert among(COSTS, MeasuredRequests(1, 50, 0, 8 * frontend, 1.0, hub)) == 1.0
 
 
 def test_costs_are_read_as_they_were_written(tmp_path: Path) -> None:

@@ -32,9 +32,9 @@ def answer(metrics: Metrics, seconds: float, *items: Spent, version: str = "1") 
 def test_before_an_interval_has_passed_there_is_nothing_to_tell(metrics: Metrics) -> None:
     recent = RecentTraffic(metrics)
     nothing = {"model": "topics", "slots": [], "window": None}
-    assert recent.tell("topics") == nothing
+    assert recent.report("topics") == nothing
     recent.sample(100.0)
-    assert recent.tell("topics") == nothing
+    assert recent.report("topics") == nothing
 
 
 def test_an_interval_tells_of_what_happened_in_it_over_all_versions(metrics: Metrics) -> None:
@@ -44,7 +44,7 @@ def test_an_interval_tells_of_what_happened_in_it_over_all_versions(metrics: Met
     answer(metrics, 0.004, HARD, EASY, EASY)
     answer(metrics, 0.004, EASY, version="2")
     recent.sample(105.0)
-    (slot,) = recent.tell("topics")["slots"]
+    (slot,) = recent.report("topics")["slots"]
     assert slot["at"] == 105
     assert slot["seconds"] == 5
     assert slot["budgets"] == {0: 3, 4: 1}
@@ -62,7 +62,7 @@ def test_a_version_that_is_served_again_began_at_0(metrics: Metrics) -> None:
     metrics.register_model("topics", "1", range(5))
     answer(metrics, 0.004, HARD, EASY)
     recent.sample(105.0)
-    window = recent.tell("topics")["window"]
+    window = recent.report("topics")["window"]
     assert window["budgets"] == {0: 1, 4: 1}
     assert window["heads_share"] == 8 / 16
     assert window["macs_share"] == 80 / 200
@@ -76,19 +76,19 @@ def test_times_are_quantiles_within_their_bucket(metrics: Metrics) -> None:
     answer(metrics, 0.15, EASY)  # between 100 and 200 ms
     answer(metrics, 60.0, EASY)  # beyond the last bucket, 10 s
     recent.sample(5.0)
-    (slot,) = recent.tell("topics")["slots"]
+    (slot,) = recent.report("topics")["slots"]
     assert slot["p50_ms"] == pytest.approx(3 + 2 * 50 / 98, abs=1e-3)
     assert slot["p99_ms"] == pytest.approx(200)
     answer(metrics, 60.0, EASY)
     recent.sample(10.0)
-    assert recent.tell("topics")["slots"][1]["p99_ms"] == 10_000
+    assert recent.report("topics")["slots"][1]["p99_ms"] == 10_000
 
 
 def test_an_idle_interval_has_no_times_and_no_shares(metrics: Metrics) -> None:
     recent = RecentTraffic(metrics)
     for now in (0.0, 5.0):
         recent.sample(now)
-    (slot,) = recent.tell("topics")["slots"]
+    (slot,) = recent.report("topics")["slots"]
     assert slot["texts"] == slot["requests"] == 0
     assert [slot[name] for name in ("p50_ms", "p99_ms", "heads_share", "macs_share")] == [None] * 4
 
@@ -98,7 +98,7 @@ def test_only_the_last_minutes_are_remembered_and_summed(metrics: Metrics) -> No
     for now in range(SLOTS + 30):
         answer(metrics, 0.004, EASY)
         recent.sample(float(now))
-    told = recent.tell("topics")
+    told = recent.report("topics")
     assert len(told["slots"]) == SLOTS
     assert told["window"]["texts"] == sum(slot["texts"] for slot in told["slots"]) == SLOTS
     assert told["window"]["seconds"] == SLOTS
@@ -112,8 +112,8 @@ def test_a_model_that_came_later_counts_from_nothing(metrics: Metrics) -> None:
     count_texts(counts, HARD, model="tags")
     metrics.add(counts.take())
     recent.sample(5.0)
-    assert recent.tell("tags")["window"]["budgets"] == {4: 1}
-    assert recent.tell("topics")["window"]["budgets"] == {}
+    assert recent.report("tags")["window"]["budgets"] == {4: 1}
+    assert recent.report("topics")["window"]["budgets"] == {}
 
 
 def test_requests_to_other_routes_are_left_out(metrics: Metrics) -> None:
@@ -123,7 +123,7 @@ def test_requests_to_other_routes_are_left_out(metrics: Metrics) -> None:
     counts.request_ended("/predict", "ok", 0.004)
     metrics.add(counts.take())
     recent.sample(5.0)
-    assert recent.tell("topics")["window"]["requests"] == 0
+    assert recent.report("topics")["window"]["requests"] == 0
 
 
 def test_a_version_whose_series_were_removed_takes_nothing_away(metrics: Metrics) -> None:
@@ -133,6 +133,6 @@ def test_a_version_whose_series_were_removed_takes_nothing_away(metrics: Metrics
     answer(metrics, 0.004, EASY, version="2")
     metrics.forget_model("topics", "1")
     recent.sample(5.0)
-    window = recent.tell("topics")["window"]
+    window = recent.report("topics")["window"]
     assert window["budgets"] == {0: 1}
     assert (window["heads_share"], window["macs_share"]) == (0.0, 0.0)
