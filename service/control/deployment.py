@@ -113,8 +113,10 @@ class Deployment:
             message = f"{name}: the store has not answered an earlier attempt yet"
             raise LoadTimeoutError(message) from None
 
-    async def load(self, checkpoint: Checkpoint) -> None:
+    async def load(self, checkpoint: Checkpoint, *, again: bool = True) -> None:
         """Have every engine load a version beside those that it has.
+
+        Without `again`, only engines that lack the version load it.
 
         Raises:
             LoadFailedError, NoEngineError: see `Fleet.load`.
@@ -122,7 +124,8 @@ class Deployment:
         self.loading = [checkpoint.label]
         self._broadcast_catalog()
         try:
-            await self._fleet.load((checkpoint.name, checkpoint.version), checkpoint.path)
+            key = checkpoint.name, checkpoint.version
+            await self._fleet.load(key, checkpoint.path, again=again)
         finally:
             self.loading = []
             self._broadcast_catalog()

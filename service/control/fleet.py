@@ -111,10 +111,10 @@ class Fleet(Engines):
         except (DisconnectedError, TimeoutError):
             return False
 
-    async def load(self, key: ModelKey, path: Path) -> None:
+    async def load(self, key: ModelKey, path: Path, *, again: bool = True) -> None:
         """Have every engine load a checkpoint folder, beside the models that it has.
 
-        One engine loads it before all others: if that kills the engine, for example because memory
+        Without `again`, only engines that lack the version load it. One engine loads it before all others: if that kills the engine, for example because memory
         runs out, the others continue to serve.
 
         Raises:
@@ -126,6 +126,8 @@ class Fleet(Engines):
         clients = self.alive
         if not clients:
             raise NoEngineError
+        if not again:
+            clients = [client for client in clients if key not in client.models]
         for group in (clients[:1], clients[1:]):
             results = await asyncio.gather(
                 *(self._load(client, key, path) for client in group), return_exceptions=True

@@ -187,10 +187,13 @@ class Versions:
         Raises:
             RollOutConflictError: no roll-out of the model is running.
             StateError: the decision could not be saved, and nothing has changed.
+            LoadFailedError, NoEngineError: see `load`; nothing has changed.
         """
         async with self._deployment.changing:
             rollout = self._running(name)
             candidate = self._catalog.candidates[name]
+            # Soon after a restart, engines may still lack it.
+            await self._deployment.load(candidate, again=False)
             decision = self._state.models[name]
             ended = self._ended(rollout, "promoted", "")
             self._decide(name, ModelState(candidate.version, decision.highest, ended))

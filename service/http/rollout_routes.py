@@ -73,7 +73,10 @@ async def show(request: Request, name: str) -> Response:
 
 @router.post("/models/{name}/promote", summary="Serve the new version alone")
 async def promote(request: Request, name: str) -> Response:
-    """End a roll-out and serve the candidate alone; requests in progress are answered first."""
+    """End a roll-out and serve the candidate alone; requests in progress are answered first.
+
+    Engines that lack the candidate, for example soon after a restart, load it before.
+    """
     return await _change_rollout(request, ChangeRollOut(0, "promote", name))
 
 

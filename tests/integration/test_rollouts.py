@@ -498,6 +498,28 @@ async def test_a_candidate_that_no_engine_has_yet_answers_nothing(
         error_of(await running.ask(TEXT, model="topics:2", heads=1), 503, "loading")
 
 
+async def test_promotion_waits_until_every_engine_has_the_candidate(
+    store: Path, tmp_path: Path
+) -> None:
+    async with serving(store, tmp_path) as running:
+        await roll_out(running, version=2, weight=0.0)
+        await running.hub.fleet.unload((TOPICS, 2))
+        assert (await change(running, "promote")).status_code == 200
+        assert await versions(running, 20, heads=1) == {"topics:2": 20}
+
+
+async def test_a_candidate_that_engines_cannot_load_is_not_promoted(
+    store: Path, tmp_path: Path
+) -> None:
+    async with serving(store, tmp_path) as running:
+        await roll_out(running, version=2, weight=0.0)
+        await running.hub.fleet.unload((TOPICS, 2))
+        (store / TOPICS / "2" / "model.safetensors").write_bytes(b"broken")
+        error_of(await change(running, "promote"), 422, "broken_checkpoint")
+        assert await versions(running, 20, heads=1) == {"topics:1": 20}
+        assert (await report(running))["state"] == "running"
+
+
 async def test_a_model_that_is_not_served_after_a_restart_is_not_rolled_out(
     store: Path, tmp_path: Path
 ) -> None:
