@@ -1,4 +1,4 @@
-# Each target is one line that a person could type; `make` alone lists them.
+# `make` lists the targets.
 PYTHON ?= python3
 PORT   ?= 8000
 FUZZ_INPUTS ?= 100000
@@ -7,13 +7,13 @@ TEXTS  ?= 100000
 REPEATS ?= 3
 # Holds one folder per data set, each with train.parquet and test.parquet.
 DATA   ?= data
-# Of make bench and its like: real texts where they are, made-up ones where nobody names a folder.
+# Texts of make bench: those of DATA if they exist, else generated ones. A DATA that is set but has no texts is an error.
 NEWS    = $(if $(wildcard $(DATA)/ag_news/test.parquet),--data $(DATA)/ag_news/test.parquet,$(if $(filter file,$(origin DATA)),,$(error there is no $(DATA)/ag_news/test.parquet)))
-# The servers beside which `make bench` measures, where they are there.
-# Of the page /docs; NOTICE names it, too.
+# Version of the page /docs; NOTICE names it too.
 SWAGGER_UI ?= 5.35.0
+# Other servers that `make bench` compares with, if `make baselines` has installed them.
 BASELINES ?= litserve bentoml infinity ray
-# Where a host without an NVIDIA GPU looks first for torch: the builds that bring no CUDA libraries.
+# Index of torch builds without CUDA libraries, tried first on hosts without an NVIDIA GPU.
 TORCH_INDEX_URL ?= https://download.pytorch.org/whl/cpu
 
 BIN   := .venv/bin
@@ -26,81 +26,81 @@ PIP   := $(BIN)/python -m pip --quiet --disable-pip-version-check
 help: ## list the targets
 	@sed -n 's/^\([a-z%-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
-serve: .venv/.serve ## set up .venv with what serving needs, then serve on 127.0.0.1:$(PORT)
+serve: .venv/.serve ## install the packages for serving into .venv, then serve on 127.0.0.1:$(PORT)
 	exec $(BIN)/budgetformer serve --port $(PORT)
 
-test: lint ## lint, types, import rules, then every test that needs no container
+test: lint ## run lint, types, import rules, and every test that needs no container
 	$(BIN)/python -m pytest -n 2
 
-test-compose: .venv/.dev ## build the images, bring the stack up under Docker and ask it
+test-compose: .venv/.dev ## build the images, start the stack under Docker and test it
 	$(BIN)/python -m pytest tests/e2e/compose -m compose --timeout 1500 -v --log-cli-level INFO --durations 0
 
-test-cluster: .venv/.cluster ## the service on a Ray cluster of this machine, and the Helm chart against its schemas
+test-cluster: .venv/.cluster ## test the service on a Ray cluster on this machine, and the Helm chart against its schemas
 	$(BIN)/python -m pytest tests/cluster -m cluster --timeout 900 -v --durations 0
 
-fuzz: .venv/.dev ## 100,000 broken inputs each of raw HTTP, headers, frames, checkpoints, settings and bodies; the contract with many requests
+fuzz: .venv/.dev ## give 100,000 broken inputs to each reader (HTTP, headers, frames, checkpoints, settings, bodies), and test the API contract
 	OMP_NUM_THREADS=1 FUZZ_INPUTS=$(FUZZ_INPUTS) $(BIN)/python -m pytest tests/fuzz -n 2 --dist worksteal --showlocals --durations 20 --timeout 7200
 
-chaos: .venv/.dev ## break a server under load in every way, and print what its callers saw; some faults need root
+chaos: .venv/.dev ## cause every kind of fault on a server under load, and print what its callers saw; some faults need root
 	$(BIN)/python -m loadtests.chaos
 
-soak: .venv/.dev ## MINUTES=20 of mixed load and changing models; memory, files, threads and latency into build/soak
+soak: .venv/.dev ## run MINUTES=20 of mixed load and model changes; plot memory, files, threads and latency in build/soak
 	$(BIN)/python -m loadtests.soak --minutes $(MINUTES)
 
-check-answers: .venv/.dev ## TEXTS=100000 answers, asked while things break, beside the reference network's
+check-answers: .venv/.dev ## compare TEXTS=100000 answers, requested during faults, with the reference network
 	$(BIN)/python -m loadtests.answers --texts $(TEXTS)
 
-lint: .venv/.dev ## style, types and import rules
+lint: .venv/.dev ## check style, types, import rules and forbidden words
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/codespell --dictionary - --dictionary docs/glossary.txt
 
-bench: .venv/.dev ## what was promised of speed, pass or short: the pass, and this service beside others
+bench: .venv/.dev ## check the speed targets (pass or short) of the compact pass, and of this service compared with other servers
 	$(BIN)/python loadtests/bench.py --repeats $(REPEATS) $(NEWS)
 
-bench-quick: .venv/.dev ## the same in three minutes, with fewer texts and others; fails only on wrong answers
+bench-quick: .venv/.dev ## the same in three minutes, with fewer texts and servers; fails only on wrong answers
 	$(BIN)/python loadtests/bench.py --quick $(NEWS)
 
-baselines: $(BASELINES:%=build/baselines/%/.made) ## environments for the other servers of `make bench`: 3 GB in build/baselines
+baselines: $(BASELINES:%=build/baselines/%/.made) ## install the other servers of `make bench`: 3 GB in build/baselines
 
-bench-gpu: .venv/.dev ## on a GPU: check every pass, time it and weigh it, in a few minutes; needs one card
+bench-gpu: .venv/.dev ## check and time every pass on a GPU, and measure its memory, in a few minutes
 	$(BIN)/budgetformer bench gpu --model ag_news --out docs/benchmarks/gpu $(NEWS)
 
-train-%: .venv/.dev ## train a shipped model again (train-ag_news, ...) from DATA/<name>; stopped, it goes on
+train-%: .venv/.dev ## train a shipped model again (train-ag_news, ...) from DATA/<name>; resumes an interrupted run
 	$(BIN)/budgetformer train --data $(DATA)/$* --start minilm-l6 --recipe model_store/$*/recipe.toml --out model_store/$*/$(call version,$*)
 
-dense-%: .venv/.dev ## train the dense baselines of a shipped model's report (dense-ag_news, ...), in build/dense
+dense-%: .venv/.dev ## train the dense baselines for a shipped model's report (dense-ag_news, ...), in build/dense
 	$(BIN)/python -m budgetformer.experiments.baselines --data $(DATA)/$* --start minilm-l6 --recipe model_store/$*/recipe.toml --out build/dense/$*
 
-train-paper_%: .venv/.dev ## the same in the paper's own form, from scratch (train-paper_ag_news)
+train-paper_%: .venv/.dev ## train from scratch in the form of the paper (train-paper_ag_news)
 	$(BIN)/budgetformer train --data $(DATA)/$* --recipe model_store/paper_$*/recipe.toml --out model_store/paper_$*/$(call version,paper_$*)
 
-report-%: .venv/.dev ## the frontier report of a shipped model on its test texts (report-ag_news, ...)
+report-%: .venv/.dev ## write the frontier report of a shipped model on its test texts (report-ag_news, ...)
 	$(BIN)/budgetformer evaluate --data $(DATA)/$*/test.parquet --model $* --report docs/benchmarks/$* $(if $(wildcard build/dense/$*),--baseline build/dense/$*) $(if $(LIMIT),--limit $(LIMIT))
 
-audit: .venv/.audit ## look for known weaknesses of the locked packages; needs the network
+audit: .venv/.audit ## look for known vulnerabilities of the locked packages; needs the network
 	@$(BIN)/pip-audit --strict --requirement requirements/dev.txt --requirement requirements/torch.in --no-deps --disable-pip --progress-spinner off \
-	|| { echo "audit: a weakness is listed above, or the service that knows them could not be asked (it needs the network)" >&2; exit 1; }
+	|| { echo "audit: vulnerabilities are listed above, or the vulnerability service could not be reached" >&2; exit 1; }
 
 sbom: .venv/.audit ## write the bill of materials of the image, CycloneDX, to build/sbom.json
 	mkdir -p build
 	cat requirements/image.txt requirements/torch.in | $(BIN)/cyclonedx-py requirements - --pyproject pyproject.toml --output-reproducible --output-file build/sbom.json
 
-openapi: .venv/.serve ## write docs/openapi.json anew from the routes
+openapi: .venv/.serve ## write docs/openapi.json from the routes
 	$(BIN)/python -m service.http.openapi docs/openapi.json
 
-proto: .venv/.dev ## compile service/grpc/*.proto anew
+proto: .venv/.dev ## compile service/grpc/*.proto
 	cd service/grpc && ../../$(BIN)/python -m grpc_tools.protoc --proto_path . --descriptor_set_out messages.binpb inference.proto health.proto
 
-swagger-ui: ## fetch the files of /docs anew: SWAGGER_UI=5.35.0, 1.9 MB; needs npm
+swagger-ui: ## download the files of /docs: SWAGGER_UI=5.35.0, 1.9 MB; needs npm
 	cd service/http/page && npm pack --silent swagger-ui-dist@$(SWAGGER_UI) && tar xzf swagger-ui-dist-$(SWAGGER_UI).tgz --strip-components 1 $(SWAGGER_FILES:%=package/%) && rm swagger-ui-dist-$(SWAGGER_UI).tgz
 
 docs: .venv/.dev ## build the documentation into site/
 	$(BIN)/mkdocs build --strict
 
-lock: .venv/.dev ## resolve the requirement files anew from pyproject.toml
+lock: .venv/.dev ## resolve requirements/*.txt again from pyproject.toml
 	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile $(LOCK) --output-file requirements/serve.txt requirements/torch.in pyproject.toml
 	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile $(LOCK) --extra tracing --extra grpc --constraint requirements/serve.txt --output-file requirements/image.txt requirements/torch.in pyproject.toml
 	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile $(LOCK) --output-file requirements/loadtest.txt requirements/loadtest.in
@@ -114,12 +114,12 @@ clean: ## remove the environment and every cache
 
 SWAGGER_FILES := swagger-ui.css swagger-ui-bundle.js swagger-ui-bundle.js.LICENSE.txt
 
-# The version that is served: the highest, or the first to come.
+# The highest version in the store, which is served; 1 if there is none.
 version = $(or $(shell ls model_store/$1 | grep -x '[0-9]*' | sort -n | tail -1),1)
 
 LOCK := --quiet --strip-extras --allow-unsafe --no-emit-index-url --no-emit-find-links --no-emit-trusted-host \
         --no-emit-options --annotation-style line --upgrade
-# The locks are whole and hold hashes; torch, of which each host takes its own build, is not in them.
+# The lock files are complete and have hashes. torch is not in them, because its build depends on the host.
 LOCKED := --no-deps --require-hashes --requirement
 
 BASELINE_PIP = build/baselines/$*/bin/python -m pip --quiet --disable-pip-version-check
@@ -130,7 +130,7 @@ cpu-torch = $1 install --no-deps --retries 0 --timeout 15 --index-url $(TORCH_IN
 	$(PYTHON) -m venv .venv
 	@touch $@
 
-# torch comes first and by itself: without a GPU its CUDA libraries would be gigabytes that nothing uses.
+# torch is installed first, by itself: on a host without a GPU, its CUDA libraries would be gigabytes without a use.
 .venv/.torch: .venv/.created requirements/torch.in
 	@echo "installing $(TORCH), the packages of requirements/ follow: a minute or two"
 	@if command -v nvidia-smi >/dev/null; then $(PIP) install $(TORCH); else $(call cpu-torch,$(PIP)); fi
@@ -154,7 +154,7 @@ cpu-torch = $1 install --no-deps --retries 0 --timeout 15 --index-url $(TORCH_IN
 	$(PIP) install $(LOCKED) requirements/cluster.txt
 	@touch $@
 
-# Only Infinity runs torch. What these ask for would not fit beside our own packages.
+# The requirements of these servers conflict with ours. Only Infinity runs torch.
 build/baselines/%/.made: loadtests/baselines/%.txt requirements/torch.in
 	$(PYTHON) -m venv build/baselines/$*
 	@$(if $(filter infinity,$*),$(call cpu-torch,$(BASELINE_PIP)))

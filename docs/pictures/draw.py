@@ -53,26 +53,25 @@ TIP = (
 
 
 def way() -> str:
-    """Draw the way of a text through its budgets."""
+    """Draw the path of a text through the steps of its chain."""
     return svg(
-        760, 210, "The way of a text",
+        760, 176, "The path of a text",
         TIP,
-        box(16, 40, 90, 56, "text"),
-        arrow(106, 68, 150, 68),
-        box(150, 40, 150, 56, "f_o decides", "step 0, 1 ... S"),
-        arrow(300, 68, 390, 68, "step k"),
-        box(390, 40, 150, 56, "compact pass", "k heads per layer"),
-        arrow(540, 68, 636, 68, "confident"),
-        box(636, 40, 108, 56, "answer"),
-        arrow(225, 96, 225, 150, ""),
-        box(150, 150, 150, 44, "step 0: bag of tokens"),
-        arrow(300, 172, 674, 98),
-        words(590, 152, "confident, without the encoder", size=11),
-        arrow(300, 162, 420, 98),
-        words(328, 122, "uncertain", size=11),
-        f'<path d="M500 40 C500 6 430 6 430 38" fill="none" stroke="{INK}" stroke-width="1.5" '
+        box(14, 56, 62, 56, "text"),
+        arrow(76, 84, 112, 84),
+        box(112, 56, 132, 56, "step 0", "TF-IDF, linear"),
+        arrow(244, 84, 318, 84, "uncertain"),
+        box(318, 56, 112, 56, "f_o", "picks a step"),
+        arrow(430, 84, 484, 84, "step k"),
+        box(484, 56, 132, 56, "compact pass", "heads of step k"),
+        arrow(616, 84, 686, 84, "confident"),
+        box(686, 56, 62, 56, "answer"),
+        f'<path d="M178 112 L178 152 L717 152 L717 114" fill="none" stroke="{INK}" '
+        'stroke-width="1.5" marker-end="url(#tip)"/>',
+        words(448, 145, "confident, without the encoder", size=11),
+        f'<path d="M585 56 C585 22 515 22 515 54" fill="none" stroke="{INK}" stroke-width="1.5" '
         'marker-end="url(#tip)"/>',
-        words(466, 11, "uncertain: once more, larger step", size=11),
+        words(550, 22, "uncertain: next step of the chain", size=11),
     )  # fmt: skip
 
 
@@ -94,7 +93,7 @@ def ladder() -> str:
                     f'<rect x="{x}" y="{y}" width="{size}" height="{size}" rx="2" fill="{fill}"/>'
                 )
     rows = [words(60, 47 + layer * 16, f"layer {layer + 1}", "end", 11) for layer in range(LAYERS)]
-    return svg(760, 146, "Heads that three steps of the ladder compute", *rows, *parts)
+    return svg(760, 146, "Heads that three steps of a uniform ladder compute", *rows, *parts)
 
 
 def packing() -> str:

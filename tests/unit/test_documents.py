@@ -48,6 +48,15 @@ def test_code_says_its_language(page: Path) -> None:
     assert page.read_text().count("\n```") % 2 == 0
 
 
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_tables_are_separate_blocks(page: Path) -> None:
+    lines = page.read_text().splitlines()
+    for number, (before, line) in enumerate(zip(lines, lines[1:], strict=False), start=2):
+        if line.startswith("|"):
+            # Below anything else, the site shows the rows of the table as text.
+            assert not before or before.startswith(("|", "#")), f"{page}:{number}"
+
+
 def test_every_page_is_in_the_navigation() -> None:
     named = set(re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
     assert named == {page.name for page in PAGES if page.parent == ROOT / "docs"}
