@@ -114,8 +114,9 @@ class Fleet(Engines):
     async def load(self, key: ModelKey, path: Path, *, again: bool = True) -> None:
         """Have every engine load a checkpoint folder, beside the models that it has.
 
-        Without `again`, only engines that lack the version load it. One engine loads it before all others: if that kills the engine, for example because memory
-        runs out, the others continue to serve.
+        Without `again`, only engines that lack the version load it. One engine loads it before all
+        others: if that kills the engine, for example because memory runs out, the others continue
+        to serve.
 
         Raises:
             LoadFailedError: an engine could not load it; a version that was not loaded before is
