@@ -95,7 +95,7 @@ def echoing() -> Iterator[Scripted]:
 
 
 def replies_first(*replies: Reply) -> Callable[[int, dict[str, Any]], Reply]:
-    """Answer with these replies replies_first, and then correctly."""
+    """Answer with these replies first, and then correctly."""
     return lambda number, body: replies[number] if number < len(replies) else echo(number, body)
 
 
