@@ -27,7 +27,7 @@ from tests.support.calling import SERVICE, Calling, calling, refused, tensor, te
 from tests.support.serving import ADMIN, Service, held, service
 from tests.support.stores import LABELS, PAIRS, TOPICS, sentences
 from tests.support.waiting import until
-from tests.unit.service.test_keys_scopes_and_rate_limits import key
+from tests.unit.service.test_keys import key
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
