@@ -211,7 +211,7 @@ class TestBrokenCheckpoints:
 
 
 @pytest_asyncio.fixture
-async def serving_version_1(store: Path) -> AsyncIterator[Service]:
+async def version_1(store: Path) -> AsyncIterator[Service]:
     """Return a service that started with topics:1, before version 2 was in its store."""
     newer = store / TOPICS / "2"
     newer.rename(store / "away")
@@ -239,27 +239,27 @@ def edit_tokenizer(folder: Path, **parts: Any) -> None:
 
 class TestTokenizerThatPanics:
     async def test_a_panic_while_loading_refuses_the_load(
-        self, serving_version_1: Service, store: Path
+        self, version_1: Service, store: Path
     ) -> None:
         edit_tokenizer(store / TOPICS / "2", model=PANICS)
-        error = error_of(await load(serving_version_1), 422, "broken_checkpoint")
+        error = error_of(await load(version_1), 422, "broken_checkpoint")
         assert "tokenizer.json" in error["message"]
-        assert (await serving_version_1.answer(TEXT))["model"] == "topics:1"
+        assert (await version_1.answer(TEXT))["model"] == "topics:1"
 
     async def test_a_panic_at_a_text_only_fails_its_request(
-        self, serving_version_1: Service, store: Path
+        self, version_1: Service, store: Path
     ) -> None:
         edit_tokenizer(store / TOPICS / "2", pre_tokenizer={"type": "FixedLength", "length": 0})
-        assert (await load(serving_version_1)).status_code == 200
+        assert (await load(version_1)).status_code == 200
         for path, texts, param in (
             ("/classify", ["", TEXT], "input[1]"),
             ("/classify", TEXT, "input[0]"),
             ("/tokenize", [TEXT], "input[0]"),
         ):
-            response = await serving_version_1.client.post(path, json={"input": texts})
+            response = await version_1.client.post(path, json={"input": texts})
             error = error_of(response, 500, "item_failed", param)
             assert TEXT not in error["message"]
-        assert (await serving_version_1.ask("")).status_code == 200
+        assert (await version_1.ask("")).status_code == 200
 
     async def test_the_error_numbers_the_text_although_others_are_cached(self, store: Path) -> None:
         edit_tokenizer(store / TOPICS / "2", pre_tokenizer={"type": "FixedLength", "length": 0})
@@ -274,17 +274,17 @@ class TestLoad:
         ["service.engine.model_loader.load_model", "service.control.catalog.Catalog.candidate"],
     )
     async def test_any_error_is_answered_and_the_old_version_stays(
-        self, serving_version_1: Service, monkeypatch: pytest.MonkeyPatch, where: str
+        self, version_1: Service, monkeypatch: pytest.MonkeyPatch, where: str
     ) -> None:
         def fail(*_: Any) -> None:
             raise MemoryError
 
         with monkeypatch.context() as patch:
             patch.setattr(where, fail)
-            error = error_of(await load(serving_version_1), 422, "broken_checkpoint")
+            error = error_of(await load(version_1), 422, "broken_checkpoint")
         assert "MemoryError" in error["message"]
-        assert (await serving_version_1.answer(TEXT))["model"] == "topics:1"
-        assert (await load(serving_version_1)).status_code == 200
+        assert (await version_1.answer(TEXT))["model"] == "topics:1"
+        assert (await load(version_1)).status_code == 200
 
     async def test_a_failing_load_is_only_tried_in_one_engine(
         self, store: Path, monkeypatch: pytest.MonkeyPatch
@@ -303,43 +303,41 @@ class TestLoad:
             assert (await load(running, PAIRS)).status_code == 200
             assert all((PAIRS, 1) in core.models for core in running.cores)
 
-    async def test_load_serves_the_highest_version(self, serving_version_1: Service) -> None:
-        assert (await serving_version_1.answer(TEXT))["model"] == "topics:1"
-        response = await load(serving_version_1)
+    async def test_load_serves_the_highest_version(self, version_1: Service) -> None:
+        assert (await version_1.answer(TEXT))["model"] == "topics:1"
+        response = await load(version_1)
         assert response.status_code == 200
         assert response.json()["model"] == "topics:2"
-        assert (await serving_version_1.answer(TEXT))["model"] == "topics:2"
-        error_of(await serving_version_1.ask(TEXT, model="topics:1"), 404)
-        assert set(serving_version_1.core.models) == {("topics", 2)}
+        assert (await version_1.answer(TEXT))["model"] == "topics:2"
+        error_of(await version_1.ask(TEXT, model="topics:1"), 404)
+        assert set(version_1.core.models) == {("topics", 2)}
 
-    async def test_an_older_version_can_be_loaded_again(self, serving_version_1: Service) -> None:
-        before = await serving_version_1.item(TEXT)
-        await load(serving_version_1, version=2)
-        assert (await load(serving_version_1, version=1)).status_code == 200
-        assert (await serving_version_1.item(TEXT))["probs"] == before["probs"]
+    async def test_an_older_version_can_be_loaded_again(self, version_1: Service) -> None:
+        before = await version_1.item(TEXT)
+        await load(version_1, version=2)
+        assert (await load(version_1, version=1)).status_code == 200
+        assert (await version_1.item(TEXT))["probs"] == before["probs"]
 
-    async def test_the_served_version_can_be_loaded_again(self, serving_version_1: Service) -> None:
-        assert (await load(serving_version_1, version=1)).status_code == 200
-        assert (await serving_version_1.answer(TEXT))["model"] == "topics:1"
+    async def test_the_served_version_can_be_loaded_again(self, version_1: Service) -> None:
+        assert (await load(version_1, version=1)).status_code == 200
+        assert (await version_1.answer(TEXT))["model"] == "topics:1"
 
-    async def test_another_model_can_be_loaded(self, serving_version_1: Service) -> None:
-        error_of(await serving_version_1.ask(TEXT, model=PAIRS), 404)
-        assert (await load(serving_version_1, PAIRS)).status_code == 200
-        assert (await serving_version_1.answer(TEXT, model=PAIRS))["model"] == "pairs:1"
-        assert (await serving_version_1.answer(TEXT))["model"] == "topics:1"
+    async def test_another_model_can_be_loaded(self, version_1: Service) -> None:
+        error_of(await version_1.ask(TEXT, model=PAIRS), 404)
+        assert (await load(version_1, PAIRS)).status_code == 200
+        assert (await version_1.answer(TEXT, model=PAIRS))["model"] == "pairs:1"
+        assert (await version_1.answer(TEXT))["model"] == "topics:1"
 
-    async def test_a_running_request_is_finished_by_its_version(
-        self, serving_version_1: Service
-    ) -> None:
-        with held(serving_version_1.core):
-            running_request = asyncio.create_task(serving_version_1.ask(TEXT, heads=1))
-            await until(lambda: serving_version_1.in_flight() == 1, "arrival at the engine")
-            assert (await load(serving_version_1)).status_code == 200
+    async def test_a_running_request_is_finished_by_its_version(self, version_1: Service) -> None:
+        with held(version_1.core):
+            running_request = asyncio.create_task(version_1.ask(TEXT, heads=1))
+            await until(lambda: version_1.in_flight() == 1, "arrival at the engine")
+            assert (await load(version_1)).status_code == 200
         assert (await running_request).json()["model"] == "topics:1"
-        assert (await serving_version_1.answer(TEXT))["model"] == "topics:2"
+        assert (await version_1.answer(TEXT))["model"] == "topics:2"
 
     async def test_a_request_in_tokenization_survives_a_change_of_version(
-        self, serving_version_1: Service, monkeypatch: pytest.MonkeyPatch
+        self, version_1: Service, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         entered, gate = threading.Event(), threading.Event()
         steps = TextEncoder.steps
@@ -351,27 +349,27 @@ class TestLoad:
 
         monkeypatch.setattr(state, "SHORT_CHARACTERS", 0)
         monkeypatch.setattr(TextEncoder, "steps", slow)
-        running_request = asyncio.create_task(serving_version_1.ask(TEXT))
+        running_request = asyncio.create_task(version_1.ask(TEXT))
         await until(entered.is_set, "the tokenizer")
-        changing = asyncio.create_task(load(serving_version_1))
+        changing = asyncio.create_task(load(version_1))
         await until(
-            lambda: changing.done() or ("topics", 2) in serving_version_1.core.models,
+            lambda: changing.done() or ("topics", 2) in version_1.core.models,
             "the new version",
         )
         gate.set()
         assert (await running_request).status_code == 200
         assert (await changing).status_code == 200
 
-    async def test_requests_succeed_while_versions_change(self, serving_version_1: Service) -> None:
+    async def test_requests_succeed_while_versions_change(self, version_1: Service) -> None:
         async def ask_on() -> list[int]:
             statuses = []
             while not changed.done():
-                statuses.append((await serving_version_1.ask(TEXT)).status_code)
+                statuses.append((await version_1.ask(TEXT)).status_code)
             return statuses
 
         async def change() -> None:
             for version in (2, 1, 2):
-                assert (await load(serving_version_1, version=version)).status_code == 200
+                assert (await load(version_1, version=version)).status_code == 200
 
         changed = asyncio.create_task(change())
         statuses = await asyncio.gather(ask_on(), ask_on())
@@ -388,54 +386,48 @@ class TestLoad:
         ],
     )
     async def test_a_broken_version_leaves_the_old_one_serving(
-        self, serving_version_1: Service, store: Path, file: str, content: bytes
+        self, version_1: Service, store: Path, file: str, content: bytes
     ) -> None:
-        before = await serving_version_1.item(TEXT)
+        before = await version_1.item(TEXT)
         broken = store / TOPICS / "2" / file
         broken.write_bytes(content)
-        error = error_of(await load(serving_version_1), 422, "broken_checkpoint")
+        error = error_of(await load(version_1), 422, "broken_checkpoint")
         assert str(broken) in error["message"]
         assert "\n" not in error["message"]
-        assert (await serving_version_1.item(TEXT))["probs"] == before["probs"]
-        assert await serving_version_1.ready()
-        assert set(serving_version_1.core.models) == {("topics", 1)}
+        assert (await version_1.item(TEXT))["probs"] == before["probs"]
+        assert await version_1.ready()
+        assert set(version_1.core.models) == {("topics", 1)}
 
     @pytest.mark.parametrize("name", ["nothing", "..", "%2e%2e", "..%2f..", ".3.work"])
-    async def test_unknown_models_cannot_be_loaded(
-        self, serving_version_1: Service, name: str
-    ) -> None:
-        assert (await load(serving_version_1, name)).status_code == 404
+    async def test_unknown_models_cannot_be_loaded(self, version_1: Service, name: str) -> None:
+        assert (await load(version_1, name)).status_code == 404
 
-    async def test_unknown_versions_cannot_be_loaded(self, serving_version_1: Service) -> None:
-        error_of(await load(serving_version_1, version=9), 404, "unknown_model", "model")
+    async def test_unknown_versions_cannot_be_loaded(self, version_1: Service) -> None:
+        error_of(await load(version_1, version=9), 404, "unknown_model", "model")
 
     @pytest.mark.parametrize("body", [{"version": "1"}, {"version": 1.5}, {"vresion": 1}])
     async def test_invalid_fields_are_refused(
-        self, serving_version_1: Service, body: dict[str, Any]
+        self, version_1: Service, body: dict[str, Any]
     ) -> None:
-        error_of(await load(serving_version_1, TOPICS, **body), 422, param=next(iter(body)))
+        error_of(await load(version_1, TOPICS, **body), 422, param=next(iter(body)))
 
-    async def test_a_body_without_content_length_is_accepted(
-        self, serving_version_1: Service
-    ) -> None:
+    async def test_a_body_without_content_length_is_accepted(self, version_1: Service) -> None:
         async def body() -> AsyncIterator[bytes]:
             yield b'{"version": 1}'
 
-        response = await serving_version_1.client.post(
-            "/models/topics/load", content=body(), headers=ADMIN
-        )
+        response = await version_1.client.post("/models/topics/load", content=body(), headers=ADMIN)
         assert response.json()["model"] == "topics:1"
 
-    async def test_concurrent_loads_succeed_or_conflict(self, serving_version_1: Service) -> None:
-        responses = await asyncio.gather(load(serving_version_1), load(serving_version_1))
+    async def test_concurrent_loads_succeed_or_conflict(self, version_1: Service) -> None:
+        responses = await asyncio.gather(load(version_1), load(version_1))
         for response in responses:
             assert response.status_code in (200, 409), response.text
-        assert (await serving_version_1.answer(TEXT))["model"] == "topics:2"
+        assert (await version_1.answer(TEXT))["model"] == "topics:2"
 
-    async def test_metrics_describe_the_new_version(self, serving_version_1: Service) -> None:
-        await serving_version_1.item(TEXT)
-        await load(serving_version_1)
-        scraped = await serving_version_1.scrape()
+    async def test_metrics_describe_the_new_version(self, version_1: Service) -> None:
+        await version_1.item(TEXT)
+        await load(version_1)
+        scraped = await version_1.scrape()
         (info,) = scraped.select("model_info", model=TOPICS)
         assert info.labels["version"] == "2"
         assert scraped.total("items_total", version=1) == 1
@@ -448,35 +440,33 @@ class TestUnload:
     async def unload(self, running: Service, name: str = TOPICS) -> httpx.Response:
         return await running.client.post(f"/models/{name}/unload", headers=ADMIN)
 
-    async def test_an_unloaded_model_is_no_longer_served(self, serving_version_1: Service) -> None:
-        await load(serving_version_1, PAIRS)
-        assert (await self.unload(serving_version_1, PAIRS)).status_code == 200
-        error_of(await serving_version_1.ask(TEXT, model=PAIRS), 404)
-        error_of(await serving_version_1.client.get("/models/pairs"), 404)
-        assert (await serving_version_1.ask(TEXT)).status_code == 200
-        assert set(serving_version_1.core.models) == {("topics", 1)}
-        assert not (await serving_version_1.scrape()).select("model_info", model=PAIRS)
+    async def test_an_unloaded_model_is_no_longer_served(self, version_1: Service) -> None:
+        await load(version_1, PAIRS)
+        assert (await self.unload(version_1, PAIRS)).status_code == 200
+        error_of(await version_1.ask(TEXT, model=PAIRS), 404)
+        error_of(await version_1.client.get("/models/pairs"), 404)
+        assert (await version_1.ask(TEXT)).status_code == 200
+        assert set(version_1.core.models) == {("topics", 1)}
+        assert not (await version_1.scrape()).select("model_info", model=PAIRS)
 
-    async def test_an_unloaded_model_can_be_loaded_again(self, serving_version_1: Service) -> None:
-        await self.unload(serving_version_1)
-        assert (await load(serving_version_1)).status_code == 200
-        assert (await serving_version_1.answer(TEXT))["model"] == "topics:2"
+    async def test_an_unloaded_model_can_be_loaded_again(self, version_1: Service) -> None:
+        await self.unload(version_1)
+        assert (await load(version_1)).status_code == 200
+        assert (await version_1.answer(TEXT))["model"] == "topics:2"
 
     async def test_without_its_default_model_the_service_is_not_ready(
-        self, serving_version_1: Service
+        self, version_1: Service
     ) -> None:
-        assert (await self.unload(serving_version_1)).status_code == 200
-        error_of(await serving_version_1.client.get("/health/ready"), 503)
-        assert (await serving_version_1.client.get("/health")).status_code == 503
-        assert (await serving_version_1.ask(TEXT)).status_code in (404, 503)
+        assert (await self.unload(version_1)).status_code == 200
+        error_of(await version_1.client.get("/health/ready"), 503)
+        assert (await version_1.client.get("/health")).status_code == 503
+        assert (await version_1.ask(TEXT)).status_code in (404, 503)
 
-    async def test_the_memory_of_an_unloaded_model_is_freed(
-        self, serving_version_1: Service
-    ) -> None:
-        await serving_version_1.item(TEXT, heads=2)
-        (loaded,) = (weakref.ref(model) for model in serving_version_1.core.models.values())
-        assert (await self.unload(serving_version_1)).status_code == 200
-        await until(lambda: not serving_version_1.core.models, "the engine to let go")
+    async def test_the_memory_of_an_unloaded_model_is_freed(self, version_1: Service) -> None:
+        await version_1.item(TEXT, heads=2)
+        (loaded,) = (weakref.ref(model) for model in version_1.core.models.values())
+        assert (await self.unload(version_1)).status_code == 200
+        await until(lambda: not version_1.core.models, "the engine to let go")
 
         def freed() -> bool:
             gc.collect()  # does nothing while another thread collects
@@ -484,15 +474,15 @@ class TestUnload:
 
         await until(freed, "its memory")
 
-    async def test_running_requests_are_finished(self, serving_version_1: Service) -> None:
-        with held(serving_version_1.core):
-            running_request = asyncio.create_task(serving_version_1.ask(TEXT, heads=1))
-            await until(lambda: serving_version_1.in_flight() == 1, "arrival at the engine")
-            assert (await self.unload(serving_version_1)).status_code == 200
+    async def test_running_requests_are_finished(self, version_1: Service) -> None:
+        with held(version_1.core):
+            running_request = asyncio.create_task(version_1.ask(TEXT, heads=1))
+            await until(lambda: version_1.in_flight() == 1, "arrival at the engine")
+            assert (await self.unload(version_1)).status_code == 200
         assert (await running_request).status_code == 200
 
-    async def test_unknown_models_cannot_be_unloaded(self, serving_version_1: Service) -> None:
-        error_of(await self.unload(serving_version_1, "nothing"), 404)
+    async def test_unknown_models_cannot_be_unloaded(self, version_1: Service) -> None:
+        error_of(await self.unload(version_1, "nothing"), 404)
 
 
 class TestLoadThatHangs:
@@ -534,53 +524,51 @@ class TestLoadThatHangs:
             assert (await running.answer(TEXT))["model"] == "topics:2"
 
     async def test_the_number_of_waiting_changes_is_limited(
-        self, serving_version_1: Service, monkeypatch: pytest.MonkeyPatch
+        self, version_1: Service, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("service.control.hub.MAX_CHANGES", 3)
-        async with serving_version_1.hub.deployment.changing:
-            waiting = [asyncio.create_task(load(serving_version_1)) for _ in range(4)]
-            await until(lambda: serving_version_1.hub._changes == 4, "the changes")
-            error_of(await load(serving_version_1), 503, "busy")
+        async with version_1.hub.deployment.changing:
+            waiting = [asyncio.create_task(load(version_1)) for _ in range(4)]
+            await until(lambda: version_1.hub._changes == 4, "the changes")
+            error_of(await load(version_1), 503, "busy")
         assert {(await task).status_code for task in waiting} == {200}
 
 
 class TestRetiredVersions:
     async def test_series_of_retired_versions_are_removed_later(self, store: Path) -> None:
         async def versions() -> set[str]:
-            scraped = await serving_version_1.scrape()
+            scraped = await version_1.scrape()
             names = ("items_total", "model_requests_total", "model_request_duration_seconds_count")
             found = [{sample.labels["version"] for sample in scraped.select(n)} for n in names]
             assert found[0] == found[1] == found[2]
             return found[0]
 
-        async with service(
-            store, models=["topics:1"], retired_series_seconds=60
-        ) as serving_version_1:
-            await serving_version_1.ask(TEXT)
+        async with service(store, models=["topics:1"], retired_series_seconds=60) as version_1:
+            await version_1.ask(TEXT)
             for version in (2, 1, 2):
-                assert (await load(serving_version_1, version=version)).status_code == 200
-            await serving_version_1.ask(TEXT)
+                assert (await load(version_1, version=version)).status_code == 200
+            await version_1.ask(TEXT)
             assert await versions() == {"1", "2"}
             now = time.monotonic()
-            serving_version_1.hub.deployment.forget_retired(now + 30)
+            version_1.hub.deployment.forget_retired(now + 30)
             assert await versions() == {"1", "2"}
-            serving_version_1.hub.deployment.forget_retired(now + 90)
+            version_1.hub.deployment.forget_retired(now + 90)
             assert await versions() == {"2"}
-            scraped = await serving_version_1.scrape()
+            scraped = await version_1.scrape()
             assert scraped.total("items_total", version="2") == 1
             assert scraped.total("model_requests_total", version="2") == 1
-            await serving_version_1.client.post(f"/models/{TOPICS}/unload", headers=ADMIN)
-            serving_version_1.hub.deployment.forget_retired(now + 90)
-            assert 'model="' not in (await serving_version_1.client.get("/metrics")).text
+            await version_1.client.post(f"/models/{TOPICS}/unload", headers=ADMIN)
+            version_1.hub.deployment.forget_retired(now + 90)
+            assert 'model="' not in (await version_1.client.get("/metrics")).text
 
     async def test_the_number_of_retired_versions_is_limited(
-        self, serving_version_1: Service, monkeypatch: pytest.MonkeyPatch
+        self, version_1: Service, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("service.control.deployment.MAX_RETIRED", 0)
         for version in (2, 1, 2):
-            assert (await load(serving_version_1, version=version)).status_code == 200
-            serving_version_1.hub.deployment.forget_retired(time.monotonic())
-            scraped = await serving_version_1.scrape()
+            assert (await load(version_1, version=version)).status_code == 200
+            version_1.hub.deployment.forget_retired(time.monotonic())
+            scraped = await version_1.scrape()
             versions = {sample.labels["version"] for sample in scraped.select("items_total")}
             assert versions == {str(version)}
 
@@ -660,32 +648,30 @@ class TestPolling:
         (store / "away").rename(folder)
         return folder
 
-    async def test_a_new_higher_version_is_served(
-        self, serving_version_1: Service, store: Path
-    ) -> None:
-        poll = StorePoll(serving_version_1.hub, [TOPICS])
+    async def test_a_new_higher_version_is_served(self, version_1: Service, store: Path) -> None:
+        poll = StorePoll(version_1.hub, [TOPICS])
         await poll.look()
-        assert (await serving_version_1.answer(TEXT))["model"] == "topics:2"
+        assert (await version_1.answer(TEXT))["model"] == "topics:2"
         self.add_version(store, 3)
         await poll.look()
-        assert (await serving_version_1.answer(TEXT))["model"] == "topics:3"
+        assert (await version_1.answer(TEXT))["model"] == "topics:3"
 
     async def test_a_version_loaded_by_hand_stays_until_a_new_one_is_added(
-        self, serving_version_1: Service, store: Path
+        self, version_1: Service, store: Path
     ) -> None:
-        poll = StorePoll(serving_version_1.hub, [TOPICS])
+        poll = StorePoll(version_1.hub, [TOPICS])
         await poll.look()
-        await load(serving_version_1, version=1)
+        await load(version_1, version=1)
         await poll.look()
-        assert (await serving_version_1.answer(TEXT))["model"] == "topics:1"
+        assert (await version_1.answer(TEXT))["model"] == "topics:1"
         self.add_version(store, 3)
         await poll.look()
-        assert (await serving_version_1.answer(TEXT))["model"] == "topics:3"
+        assert (await version_1.answer(TEXT))["model"] == "topics:3"
 
     async def test_a_broken_version_is_tried_again_after_a_change(
-        self, serving_version_1: Service, store: Path
+        self, version_1: Service, store: Path
     ) -> None:
-        poll = StorePoll(serving_version_1.hub, [TOPICS])
+        poll = StorePoll(version_1.hub, [TOPICS])
         weights = store / TOPICS / "2" / "model.safetensors"
         sound = weights.read_bytes()
         weights.write_bytes(sound[: len(sound) // 2])
@@ -694,10 +680,10 @@ class TestPolling:
             await poll.look()
         refusals = [line for line in lines if line["event"] == "new version rejected"]
         assert len(refusals) == 1
-        assert (await serving_version_1.answer(TEXT))["model"] == "topics:1"
+        assert (await version_1.answer(TEXT))["model"] == "topics:1"
         weights.write_bytes(sound)
         await poll.look()
-        assert (await serving_version_1.answer(TEXT))["model"] == "topics:2"
+        assert (await version_1.answer(TEXT))["model"] == "topics:2"
 
     @pytest.mark.parametrize(
         ("names", "served"),
@@ -705,17 +691,17 @@ class TestPolling:
         ids=["one", "all", "pinned"],
     )
     async def test_only_configured_models_are_updated(
-        self, serving_version_1: Service, names: list[str], served: set[str]
+        self, version_1: Service, names: list[str], served: set[str]
     ) -> None:
-        await StorePoll(serving_version_1.hub, names).look()
-        assert set(serving_version_1.hub.catalog.served) == served
+        await StorePoll(version_1.hub, names).look()
+        assert set(version_1.hub.catalog.served) == served
         pinned = names == ["topics:1"]
-        assert serving_version_1.hub.catalog.served[TOPICS].version == (1 if pinned else 2)
+        assert version_1.hub.catalog.served[TOPICS].version == (1 if pinned else 2)
 
     async def test_a_missing_store_is_reported_and_serving_continues(
-        self, serving_version_1: Service, store: Path
+        self, version_1: Service, store: Path
     ) -> None:
-        poll = StorePoll(serving_version_1.hub, ["topics:1"])
+        poll = StorePoll(version_1.hub, ["topics:1"])
         store.rename(store.with_name("gone"))
         with capture_logs() as lines:
             for _ in range(3):
@@ -723,8 +709,8 @@ class TestPolling:
         (line,) = lines
         assert (line["event"], line["source"]) == ("problem reported", "store")
         assert line["reason"].startswith(str(store))
-        assert await health_part(serving_version_1, "errors") == [line["reason"]]
+        assert await health_part(version_1, "errors") == [line["reason"]]
         store.with_name("gone").rename(store)
         await poll.look()
-        assert await health_part(serving_version_1, "errors") == []
-        assert (await serving_version_1.ask(TEXT)).status_code == 200
+        assert await health_part(version_1, "errors") == []
+        assert (await version_1.ask(TEXT)).status_code == 200
