@@ -1,7 +1,7 @@
-"""A real Ray cluster on this machine: a head and two hosts, each with processes of its own.
+"""A real Ray cluster on this machine: a head and two hosts.
 
-A host has room for three engines, and runs a frontend and one engine of each pool: there may be one
-more.
+Each host has cores for three engines. It runs a frontend and one engine of each pool, so it has
+room for one more engine.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ SCALING = {
 ADMIN_KEY = "open-sesame"
 HOSTS = 2
 
-# Ray probes with little patience: on a machine that is busy with other things none would come up.
+# Ray's default timeouts are too short for a busy machine.
 os.environ |= RAY | {
     "RAY_AUTH_MODE": "disabled",
     "RAY_raylet_start_wait_time_s": "120",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
-    # A cluster that serves on this machine has the usual ones.
+    # The default ports belong to a cluster that may already run on this machine.
     "RAY_SERVE_HAPROXY_METRICS_PORT": "19101",
     "RAY_SERVE_HAPROXY_STATS_PORT": "18404",
-    # What engines say of themselves moves the number of engines so often.
+    # Seconds between the reports that scale the number of engines.
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
 }
 
 
 class Running:
-    """The application on a cluster; the first host is the one to lose."""
+    """The application on a cluster."""
 
     def __init__(self, url: str, cluster: Any, store: Path) -> None:
         self.url = url
@@ -54,23 +54,23 @@ class Running:
         self.client = httpx.Client(base_url=url, timeout=60)
 
     def health(self) -> dict[str, Any]:
-        """Return the whole picture."""
+        """Return the answer of /health, or the status "unavailable"."""
         try:
-            picture = self.client.get("/health").json()
+            health = self.client.get("/health").json()
         except (httpx.HTTPError, ValueError):
             return {"status": "unavailable", "engines": []}
-        assert isinstance(picture, dict)
-        return picture
+        assert isinstance(health, dict)
+        return health
 
-    def whole(self, engines: int) -> bool:
-        """Say whether so many engines are there with every model."""
-        picture = self.health()
-        alive = [engine for engine in picture["engines"] if engine["alive"]]
+    def has_engines(self, count: int) -> bool:
+        """Return whether exactly `count` engines are alive and have loaded both models."""
+        health = self.health()
+        alive = [engine for engine in health["engines"] if engine["alive"]]
         loaded = all(len(engine["models"]) == 2 for engine in alive)
-        return picture["status"] == "ok" and len(alive) == engines and loaded
+        return health["status"] == "ok" and len(alive) == count and loaded
 
     def answer(self, texts: list[str], **fields: Any) -> dict[str, Any]:
-        """Return the answer of a request that succeeds."""
+        """Classify texts, and return the answer."""
         body = {"input": texts, "timeout_ms": 60_000} | fields
         response = self.client.post("/classify", json=body)
         assert response.status_code == 200, response.text
@@ -110,7 +110,7 @@ def running(model_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         )  # fmt: skip
         serve.run(build(settings), name=NAME)
         application = Running(f"http://127.0.0.1:{port}", cluster, store)
-        wait_until(lambda: application.whole(2 * HOSTS), "all engines", PATIENCE)
+        wait_until(lambda: application.has_engines(2 * HOSTS), "all engines", PATIENCE)
         yield application
         application.client.close()
         serve.shutdown()

@@ -1,4 +1,4 @@
-"""The Helm chart: rendered by Helm itself, checked against the schemas of whoever takes it."""
+"""The Helm chart, rendered by Helm and checked against the schemas of Kubernetes and Ray."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from service.cluster import RAY
 helm = pytest.importorskip("helm_python", reason="needs helm-python-sdk (make test-cluster)")
 kubernetes_validate = pytest.importorskip("kubernetes_validate")
 
-# Ray's schemas use what pydantic calls old; that is Ray's to settle.
+# Ray's schemas use deprecated features of pydantic.
 pytestmark = pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "docker" / "kubernetes"
 KUBERNETES = ("1.30", "1.33", "1.37")
-"""The oldest that the chart takes, one between, and the newest that there are schemas of."""
+"""The oldest supported version, one between, and the newest for which there are schemas."""
 
 KEYS = {"access": {"keysSecret": "callers"}}
 VALUES: dict[str, dict[str, Any]] = {
@@ -65,12 +65,12 @@ def rendered(values: dict[str, Any]) -> list[dict[str, Any]]:
     with helm.Chart.load(str(CHART)) as chart:
         texts = chart.render(values, name="demo", namespace="production")
     documents = [yaml.safe_load_all(t) for p, t in sorted(texts.items()) if p.endswith(".yaml")]
-    return [document for found in documents for document in found if document]
+    return [document for of_file in documents for document in of_file if document]
 
 
 def only(kind: str, values: dict[str, Any]) -> dict[str, Any]:
-    (found,) = [document for document in rendered(values) if document["kind"] == kind]
-    return found
+    (document,) = [document for document in rendered(values) if document["kind"] == kind]
+    return document
 
 
 def pod_templates(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -88,7 +88,7 @@ def check_kubernetes(document: dict[str, Any]) -> None:
 
 
 def check_custom(document: dict[str, Any]) -> None:
-    """Check a resource of KEDA's or Prometheus', unknown fields too: a model leaves them out."""
+    """Check a resource of KEDA or Prometheus; its model would drop unknown fields."""
     if document["kind"] == "ServiceMonitor":
         from cloudcoil.models.prometheus_operator.v1 import ServiceMonitor as Model
     else:
@@ -98,7 +98,7 @@ def check_custom(document: dict[str, Any]) -> None:
 
 
 def check_ray(document: dict[str, Any]) -> None:
-    """Check what a RayService holds: pods by Kubernetes' schema, the application by Ray Serve's."""
+    """Check a RayService: its pods by Kubernetes' schema, its application by Ray Serve's."""
     from ray.serve.schema import ServeDeploySchema
 
     from service.settings import Settings
@@ -122,21 +122,21 @@ def check(document: dict[str, Any]) -> None:
 each_variant = pytest.mark.parametrize("values", VALUES.values(), ids=list(VALUES))
 
 
-def test_helm_finds_nothing_wrong() -> None:
-    told = helm.lint(str(CHART), VALUES["open"])
-    assert not told["errors"]
-    assert {m["error"] for m in told["messages"]} <= {"icon is recommended"}
+def test_helm_lint_finds_no_error() -> None:
+    report = helm.lint(str(CHART), VALUES["open"])
+    assert not report["errors"]
+    assert {m["error"] for m in report["messages"]} <= {"icon is recommended"}
 
 
 @each_variant
-def test_every_resource_is_one_that_its_server_takes(values: dict[str, Any]) -> None:
+def test_every_resource_conforms_to_its_schema(values: dict[str, Any]) -> None:
     documents = rendered(values)
     assert documents
     for document in documents:
         check(document)
 
 
-SPOILS: dict[str, list[Any]] = {
+INVALID_CHANGES: dict[str, list[Any]] = {
     "Deployment": [
         lambda s: s.update(replicaz=2),
         lambda s: s["template"]["spec"]["containers"][0].update(livenessProbes={}),
@@ -163,20 +163,20 @@ SPOILS: dict[str, list[Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", SPOILS)
-def test_the_checks_see_a_field_that_is_wrong(kind: str) -> None:
+@pytest.mark.parametrize("kind", INVALID_CHANGES)
+def test_the_checks_find_invalid_fields(kind: str) -> None:
     values = {"ScaledObject": VALUES["keda"], "RayService": VALUES["ray"]}
     document = only(kind, values.get(kind, VALUES["everything"]))
     check(document)
-    for spoil in SPOILS[kind]:
+    for change in INVALID_CHANGES[kind]:
         broken = copy.deepcopy(document)
-        spoil(broken["spec"])
+        change(broken["spec"])
         with pytest.raises(Exception, match=r"."):
             check(broken)
 
 
 @each_variant
-def test_every_pod_is_locked_down(values: dict[str, Any]) -> None:
+def test_every_pod_has_few_privileges_and_limits(values: dict[str, Any]) -> None:
     pods = [t["spec"] for document in rendered(values) for t in pod_templates(document)]
     assert pods
     for pod in pods:
@@ -193,7 +193,7 @@ def test_every_pod_is_locked_down(values: dict[str, Any]) -> None:
 
 
 @each_variant
-def test_no_secret_stands_in_what_is_rendered(values: dict[str, Any]) -> None:
+def test_no_secret_is_rendered(values: dict[str, Any]) -> None:
     documents = rendered(values)
     assert "Secret" not in {document["kind"] for document in documents}
     for document in documents:
@@ -203,7 +203,7 @@ def test_no_secret_stands_in_what_is_rendered(values: dict[str, Any]) -> None:
                 assert not names & {"BUDGETFORMER_ADMIN_KEY", "BUDGETFORMER_KEYS"}
 
 
-def test_grpc_is_reached_where_it_has_a_port() -> None:
+def test_grpc_is_exposed_if_it_has_a_port() -> None:
     everything = VALUES["everything"]
     ports = only("Service", everything)["spec"]["ports"]
     assert {"name": "grpc", "port": 8001, "targetPort": "grpc"} in ports
@@ -222,13 +222,15 @@ def test_the_grace_period_follows_the_drain_setting() -> None:
     assert pod["terminationGracePeriodSeconds"] == 90 + 5 + 15
 
 
-def test_pods_of_ray_have_the_environment_that_the_server_sets_by_itself() -> None:
+def test_pods_of_ray_have_rays_environment() -> None:
     for template in pod_templates(only("RayService", VALUES["ray"])):
         environment = template["spec"]["containers"][0]["env"]
         assert RAY.items() <= {v["name"]: v.get("value") for v in environment}.items()
 
 
-def test_a_pods_environment_is_settings_of_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_of_pods_consists_of_known_settings(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from service.settings import Settings, refuse_unknown_environment
 
     pod = only("Deployment", VALUES["everything"])["spec"]["template"]["spec"]
@@ -244,7 +246,7 @@ def test_a_pods_environment_is_settings_of_the_server(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "message"),
     [
         ({}, "keysSecret"),
         (KEYS | {"replica": 3}, "replica"),
@@ -260,16 +262,16 @@ def test_a_pods_environment_is_settings_of_the_server(monkeypatch: pytest.Monkey
     ids=[
         "open by accident",
         "unknown",
-        "none",
+        "no replicas",
         "mode",
         "a secret",
-        "ours",
+        "a reserved setting",
         "quantity",
         "host",
         "a port that is taken",
         "a port on Ray",
     ],
 )
-def test_values_that_cannot_be_are_refused(values: dict[str, Any], told: str) -> None:
-    with pytest.raises(helm.HelmError, match=told):
+def test_invalid_values_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(helm.HelmError, match=message):
         rendered(values)

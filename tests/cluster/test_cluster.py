@@ -1,4 +1,7 @@
-"""The application on a real Ray cluster, asked from outside; in this order: a host dies last."""
+"""The application on a real Ray cluster, used over HTTP.
+
+The order of the tests matters: the last one removes a host.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from tests.support.waiting import until, wait_until
 
 pytestmark = [
     pytest.mark.timeout(900),
-    # What Ray and its libraries warn of is not ours to settle.
+    # Warnings of Ray and its libraries are not errors.
     pytest.mark.filterwarnings("default"),
 ]
 
@@ -40,21 +43,21 @@ def comparable(item: dict[str, Any]) -> dict[str, Any]:
     return {name: item[name] for name in exact} | {"heads": item["heads"]}
 
 
-async def test_pools_answer_what_one_engine_answers(running: Running, model_store: Path) -> None:
+async def test_pools_give_the_answers_of_one_engine(running: Running, model_store: Path) -> None:
     for quality in ("fast", "best"):
-        told = running.answer(TEXTS, quality=quality, return_heads=True)
+        actual = running.answer(TEXTS, quality=quality, return_heads=True)
         async with service(
             model_store, models=["topics:1"], options=EngineOptions(), quality=quality
         ) as plain:
-            right = await plain.answer(TEXTS, quality=quality, return_heads=True)
-        assert told["model"] == right["model"]
-        for a, b in zip(told["data"], right["data"], strict=True):
+            expected = await plain.answer(TEXTS, quality=quality, return_heads=True)
+        assert actual["model"] == expected["model"]
+        for a, b in zip(actual["data"], expected["data"], strict=True):
             assert comparable(a) == comparable(b)
             assert a["probs"] == pytest.approx(b["probs"], rel=1e-3, abs=1e-5)
-            assert a["macs"] >= b["macs"]  # f_o runs once more where an item is handed on
+            assert a["macs"] >= b["macs"]  # f_o runs again if an item goes to another pool
 
 
-def test_one_page_of_metrics_counts_what_all_did(running: Running) -> None:
+def test_metrics_include_all_frontends_and_engines(running: Running) -> None:
     def counted() -> float:
         page = Exposition(running.client.get("/metrics").text)
         return sum(s.value for s in page.select("requests_total", route="/classify", outcome="ok"))
@@ -62,15 +65,15 @@ def test_one_page_of_metrics_counts_what_all_did(running: Running) -> None:
     before = counted()
     for _ in range(10):
         running.answer(TEXTS[:1])
-    # More, if frontends had not yet told of what was asked before.
+    # There may be more, if frontends had not yet reported earlier requests.
     wait_until(lambda: counted() >= before + 10, "ten more requests")
     page = Exposition(running.client.get("/metrics").text)
     assert len(page.select("engine_heartbeat_age_seconds")) == 2 * HOSTS
 
 
-def test_engines_of_both_pools_say_what_they_ran(running: Running) -> None:
+def test_engines_of_both_pools_report_their_batches(running: Running) -> None:
     items = running.answer(TEXTS, quality="best")["data"]
-    # What the pool of step 0 cannot have computed, the other has.
+    # Only the other pool can have computed steps above 0.
     wanted = {str(item["heads"]["budget"]) for item in items}
     assert wanted - {"0"}
 
@@ -81,7 +84,7 @@ def test_engines_of_both_pools_say_what_they_ran(running: Running) -> None:
     wait_until(ran, "batches of every step")
 
 
-async def test_a_new_version_comes_without_a_failed_request(
+async def test_a_new_version_is_loaded_without_a_failed_request(
     running: Running, model_store: Path
 ) -> None:
     shutil.copytree(model_store / "topics" / "2", running.store / "topics" / "2")
@@ -103,13 +106,13 @@ async def test_a_new_version_comes_without_a_failed_request(
     assert all("topics:2" in engine["models"] for engine in engines)
 
 
-async def test_engines_come_with_the_load_and_go_with_it(running: Running) -> None:
+async def test_the_number_of_engines_follows_the_load(running: Running) -> None:
     load, seen = load_on(running, rate=5, size=1000, timeout_ms=10_000), Seen()
     await load.learn()
 
     async def grow() -> None:
         def grown() -> bool:
-            return running.whole(2 * HOSTS + 1)
+            return running.has_engines(2 * HOSTS + 1)
 
         await until(lambda: asyncio.to_thread(grown), "one more engine", PATIENCE)
 
@@ -123,7 +126,7 @@ async def test_engines_come_with_the_load_and_go_with_it(running: Running) -> No
 
     async def shrink() -> None:
         def shrunk() -> bool:
-            return running.whole(2 * HOSTS)
+            return running.has_engines(2 * HOSTS)
 
         await until(lambda: asyncio.to_thread(shrunk), "one engine less", PATIENCE)
 
@@ -132,8 +135,8 @@ async def test_engines_come_with_the_load_and_go_with_it(running: Running) -> No
     assert seen.wrong == 0
 
 
-async def test_a_host_that_dies_loses_no_request_without_an_answer(running: Running) -> None:
-    wait_until(lambda: running.whole(2 * HOSTS), "all engines", PATIENCE)
+async def test_after_a_host_died_every_request_has_an_answer_or_error(running: Running) -> None:
+    wait_until(lambda: running.has_engines(2 * HOSTS), "all engines", PATIENCE)
     load, seen = load_on(running), Seen()
     await load.learn()
 
@@ -146,8 +149,8 @@ async def test_a_host_that_dies_loses_no_request_without_an_answer(running: Runn
 
     await load.during(seen, kill)
     assert (seen.hung, seen.wrong) == (0, 0)
-    # A frontend on the dead host takes along what it had begun to answer: its callers know.
+    # The requests of a frontend on the dead host end with a visible error.
     assert statuses(seen) <= {"200", "500", "503", "broke"}
     assert seen.outcomes["200"] >= 0.8 * seen.sent
-    # The other host has room for one engine more than it ran.
-    wait_until(lambda: running.whole(HOSTS + 1), "the room that is left to be used", PATIENCE)
+    # The other host has room for one more engine.
+    wait_until(lambda: running.has_engines(HOSTS + 1), "one more engine", PATIENCE)

@@ -1,4 +1,4 @@
-"""The Serve config file that is shipped: Ray reads it, and its arguments are settings."""
+"""The shipped Serve config file: Ray reads it, and its arguments are valid settings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FILE = Path(__file__).parents[2] / "docker" / "ray" / "serve.yaml"
 
 
 @pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")
-def test_ray_takes_the_file_and_the_service_its_arguments() -> None:
+def test_ray_accepts_the_file_and_the_settings_its_arguments() -> None:
     schema = pytest.importorskip("ray.serve.schema", reason="needs Ray (make test-cluster)")
     config = schema.ServeDeploySchema.model_validate(yaml.safe_load(FILE.read_text()))
     (application,) = config.applications

@@ -16,15 +16,15 @@ __all__ = ["command", "model_store"]
 
 @pytest.fixture(scope="package")
 def running(model_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Return a server with one engine and an admin key, for tests that leave it as it was."""
+    """Return a shared server with one engine and an admin key; tests must not change it."""
     folder = tmp_path_factory.mktemp("running")
     options = {"default_model": TOPICS, "admin_key": ADMIN_KEY, "log_level": "debug"}
-    options["quality_floor"] = "balanced"  # a busy machine is not to change what is answered
-    with server(model_store, folder, engines=1, **options) as it:
-        yield it
+    options["quality_floor"] = "balanced"  # a busy machine must not change answers
+    with server(model_store, folder, engines=1, **options) as running:
+        yield running
 
 
 @pytest.fixture(scope="package")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a certificate that signs itself, chain.pem, and its key.pem."""
+    """Return a folder with a self-signed certificate, chain.pem, and its key.pem."""
     return make_certificate(tmp_path_factory.mktemp("certificate"))

@@ -1,4 +1,4 @@
-"""What requests cost a real server, and what the simulator makes of it."""
+"""Measuring the costs of a real server for the simulator."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.stores import LABELS, TOPICS, sentences
 pytestmark = pytest.mark.timeout(200)
 
 
-def test_a_server_tells_what_requests_cost_it(model_store: Path, tmp_path: Path) -> None:
+def test_measured_costs_are_plausible(model_store: Path, tmp_path: Path) -> None:
     checkpoint = read_checkpoint(model_store / TOPICS / "2")
     steps = (StepCost(1e-4, 0.0, 0.0),) * (len(checkpoint.ladder) + 1)
     model = SimModel.of(checkpoint, CostTable(checkpoint.label, "cpu", "float32", steps))
@@ -28,8 +28,8 @@ def test_a_server_tells_what_requests_cost_it(model_store: Path, tmp_path: Path)
     costs = [*astuple(found.frontend), *astuple(found.engine), *astuple(found.hub), found.way]
     assert all(math.isfinite(cost) and cost >= 0 for cost in costs)
     assert 0 < found.among <= 1
-    # A text takes a frontend some tenths of a millisecond at least, and nowhere near a second.
+    # A text takes a frontend at least a tenth of a millisecond, and much less than a second.
     assert 1e-4 < found.frontend.seconds(1, 10) < 0.5
-    # A request of many texts costs more than one of few, and less than as many requests.
+    # A request of many texts costs more than a small one, and less than one request per text.
     assert found.frontend.seconds(1, 10) < found.frontend.seconds(64, 640)
     assert found.frontend.seconds(64, 640) < 64 * found.frontend.seconds(1, 10)

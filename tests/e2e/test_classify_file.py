@@ -1,4 +1,4 @@
-"""`budgetformer classify` killed and interrupted in the middle of a file."""
+"""`budgetformer classify` resumes after it was killed or interrupted."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from tests.support.waiting import wait_until
 pytestmark = pytest.mark.timeout(300)
 
 ROWS = 15_000
-"""A run answers for seconds after its first answers are there."""
+"""Enough for a run to continue for seconds after its first answers."""
 COMMAND = (sys.executable, "-P", "-c", "from service.cli import main; main()", "classify")
 
 
 @pytest.fixture(autouse=True)
 def interruptible() -> Iterator[None]:
-    """Let what is started hear an interrupt, though a shell that runs tests aside ignores it."""
+    """Restore the default handling of SIGINT, which child processes inherit."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -50,7 +50,7 @@ def start(source: Path, output: Path, store: Path, *more: str) -> subprocess.Pop
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
-def test_a_run_that_was_stopped_goes_on(
+def test_a_stopped_run_resumes(
     model_store: Path, source: Path, tmp_path: Path, number: int, code: int
 ) -> None:
     output, part = tmp_path / "answers.jsonl", tmp_path / "answers.jsonl.part"
@@ -71,9 +71,9 @@ def test_a_run_that_was_stopped_goes_on(
     second = start(source, output, model_store)
     out, err = second.communicate(timeout=200)
     assert (second.returncode, err) == (0, "")
-    found = json.loads(out)
-    assert found["rows"] == ROWS
-    assert 0 < found["rows_resumed"] < ROWS
-    given = [json.loads(line)["text"] for line in source.read_text().splitlines()]
-    assert [json.loads(line)["text"] for line in output.read_text().splitlines()] == given
+    summary = json.loads(out)
+    assert summary["rows"] == ROWS
+    assert 0 < summary["rows_resumed"] < ROWS
+    texts = [json.loads(line)["text"] for line in source.read_text().splitlines()]
+    assert [json.loads(line)["text"] for line in output.read_text().splitlines()] == texts
     assert not part.exists()

@@ -1,4 +1,4 @@
-"""The client against the service itself."""
+"""The Python client with a real server: equal results, options, errors, and the pipeline's API."""
 
 from __future__ import annotations
 
@@ -35,40 +35,44 @@ def client(running: Server) -> Iterator[Client]:
         yield connected
 
 
-def good(results: Any) -> list[Classification]:
+def classifications(results: Any) -> list[Classification]:
     assert all(isinstance(result, Classification) for result in results)
     return list(results)
 
 
-def test_a_trained_model_knows_its_sentences(client: Client) -> None:
-    results = good(client.classify(TEXTS, quality="best"))
+def test_answers_are_right_and_in_order(client: Client) -> None:
+    results = classifications(client.classify(TEXTS, quality="best"))
     right = sum(result.label == label for result, (_, label) in zip(results, ROWS, strict=True))
     assert right > 0.9 * len(ROWS)
     assert [result.index for result in results] == list(range(len(ROWS)))
     assert {result.model for result in results} == {"topics:2"}
 
 
-async def test_both_clients_get_the_same(running: Server, client: Client) -> None:
-    expected = good(client.classify(TEXTS, heads=2, return_heads=True))
+async def test_the_asynchronous_client_gets_the_same_answers(
+    running: Server, client: Client
+) -> None:
+    expected = classifications(client.classify(TEXTS, heads=2, return_heads=True))
     async with AsyncClient(running.url, batch_items=7) as other:
-        results = good(await other.classify(TEXTS, heads=2, return_heads=True))
+        results = classifications(await other.classify(TEXTS, heads=2, return_heads=True))
     for one, two in zip(results, expected, strict=True):
         assert (one.label, one.heads, one.budget) == (two.label, 2 * LAYERS, 2)
         assert one.probs == pytest.approx(two.probs, rel=1e-4)
         assert one.per_layer == ((0, 1),) * LAYERS
 
 
-def test_options_reach_the_service(client: Client) -> None:
-    (result,) = good(client.classify(TEXTS[0], top_k=2, use_activation=False, quality="fast"))
+def test_options_are_sent_to_the_server(client: Client) -> None:
+    (result,) = classifications(
+        client.classify(TEXTS[0], top_k=2, use_activation=False, quality="fast")
+    )
     assert len(result.labels) == 2
     powers = [math.exp(logit) for logit in result.probs]
     assert max(powers) / sum(powers) == pytest.approx(result.score)
     assert (result.budget, result.quality) == (0, "fast")
-    (pair,) = good(client.classify(("The otter slept.", "A choir sang."), model=PAIRS))
+    (pair,) = classifications(client.classify(("The otter slept.", "A choir sang."), model=PAIRS))
     assert pair.model == "pairs:1"
 
 
-def test_errors_of_the_service_are_typed(client: Client) -> None:
+def test_errors_of_the_server_have_types(client: Client) -> None:
     with pytest.raises(ServerError, match="no model 'nothing'") as caught:
         client.classify("a", model="nothing")
     assert (caught.value.status, caught.value.code) == (404, "unknown_model")
@@ -79,7 +83,7 @@ def test_errors_of_the_service_are_typed(client: Client) -> None:
         client.classify(TEXTS, timeout=1e-9)
 
 
-def test_models_and_their_cards(client: Client) -> None:
+def test_models_and_their_cards_can_be_read(client: Client) -> None:
     assert {TOPICS, PAIRS} <= set(client.models())
     card = client.model(TOPICS)
     assert (card["labels"], card["version"]) == (list(LABELS), 2)
@@ -89,7 +93,7 @@ def test_models_and_their_cards(client: Client) -> None:
 
 @pytest.fixture(scope="module")
 def original(model_store: Path) -> Any:
-    """Return Transformers' own pipeline over the same checkpoint, with all heads."""
+    """Return Transformers' pipeline for the same checkpoint, with all heads."""
     assert budgetformer.__version__  # importing the package registers the architecture
     folder = str(model_store / TOPICS / "2")
     made = pipeline("text-classification", model=folder, device="cpu", dtype=torch.float32)
@@ -114,7 +118,7 @@ def original(model_store: Path) -> Any:
     ],
     ids=range(11),
 )
-def test_a_call_answers_what_the_pipeline_answers(
+def test_calling_the_client_answers_like_the_pipeline(
     client: Client, original: Any, inputs: Any, options: dict[str, Any]
 ) -> None:
     expected = original(inputs, **options)

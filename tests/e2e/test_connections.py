@@ -1,4 +1,4 @@
-"""What a client can do to a server before and beside asking, over real connections."""
+"""Slow, large, malformed and too many connections to a real server, proxies, ports and TLS."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def running(model_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         "receive_seconds": "1",
         "access_log": "1",
     }
-    with server(model_store, tmp_path_factory.mktemp("guarded"), engines=1, **options) as it:
-        yield it
+    with server(model_store, tmp_path_factory.mktemp("guarded"), engines=1, **options) as running:
+        yield running
 
 
 @contextmanager
@@ -54,7 +54,7 @@ def connection(running: Server) -> Iterator[socket.socket]:
 
 
 def read_to_end(it: socket.socket) -> bytes:
-    """Read until the server closes; a reset counts as that, too."""
+    """Read until the server closes or resets the connection."""
     received = b""
     try:
         while part := it.recv(65536):
@@ -65,7 +65,7 @@ def read_to_end(it: socket.socket) -> bytes:
 
 
 def refusal(answer: bytes) -> tuple[int, dict[str, Any]]:
-    """Return status and error of an answer in the one shape, with the headers of every answer."""
+    """Return the status and the error of an answer, and check its headers and its shape."""
     head, _, body = answer.partition(b"\r\n\r\n")
     status, *lines = head.decode().split("\r\n")
     headers = dict(line.lower().split(": ", 1) for line in lines)
@@ -78,58 +78,56 @@ def refusal(answer: bytes) -> tuple[int, dict[str, Any]]:
     return int(status.split()[1]), error
 
 
-def alive(running: Server) -> None:
-    """Check that a proper request is still answered."""
+def assert_serving(running: Server) -> None:
+    """Check that a valid request is still answered."""
     response = httpx.post(f"{running.url}/classify", json={"input": "a"}, timeout=PATIENCE)
     assert response.status_code == 200
 
 
-class TestSlow:
+class TestSlowClients:
     @pytest.mark.parametrize(
         "begun",
         [b"", b"\r\n", b"P", b"POST /classify HTTP/1.1\r\nHost: x\r\nX-Header: a"],
         ids=["nothing", "empty lines", "a letter", "half a head"],
     )
-    def test_a_head_that_does_not_come_is_not_waited_for(
-        self, running: Server, begun: bytes
-    ) -> None:
+    def test_an_incomplete_head_times_out(self, running: Server, begun: bytes) -> None:
         before = running.scrape()
         with connection(running) as it:
             it.sendall(begun)
             status, _ = refusal(read_to_end(it))
         assert status == 408
         assert running.scrape().minus(before, "broken_connections_total", reason="slow") == 1
-        alive(running)
+        assert_serving(running)
 
-    def test_nor_is_one_that_comes_byte_by_byte(self, running: Server) -> None:
+    def test_a_head_sent_byte_by_byte_times_out(self, running: Server) -> None:
         with connection(running) as it:
             received = _drip(it, b"GET /health/live HTTP/1.1\r\nX: " + b"a" * 2000, 0.05)
         assert refusal(received)[0] == 408
 
-    def test_nor_a_second_one_on_a_kept_connection(self, running: Server) -> None:
+    def test_a_second_head_on_a_connection_times_out(self, running: Server) -> None:
         with connection(running) as it:
             it.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
             assert it.recv(65536).startswith(b"HTTP/1.1 200")
             assert refusal(_drip(it, b"\r\n" * 1000, 0.05))[0] == 408
 
-    def test_a_body_that_does_not_come_is_not_waited_for(self, running: Server) -> None:
+    def test_an_incomplete_body_times_out(self, running: Server) -> None:
         with connection(running) as it:
             it.sendall(HEAD + b'Content-Length: 1000\r\n\r\n{"input": ')
             status, error = refusal(read_to_end(it))
         assert (status, error["code"]) == (408, "request_timeout")
-        alive(running)
+        assert_serving(running)
 
-    def test_nor_is_one_that_comes_byte_by_byte_in_chunks(self, running: Server) -> None:
+    def test_a_body_sent_in_small_chunks_times_out(self, running: Server) -> None:
         with connection(running) as it:
             it.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
             received = _drip(it, b"1\r\n \r\n" * 1000, 0.01)
         assert refusal(received)[0] == 408
 
-    def test_many_at_once_keep_nobody_out_for_long(self, running: Server) -> None:
+    def test_many_slow_clients_block_others_only_briefly(self, running: Server) -> None:
         with ExitStack() as stack:
             for _ in range(CONNECTIONS):
                 stack.enter_context(connection(running)).sendall(b"POST /cl")
-            wait_until(lambda: _answers(running), "a place for a proper request", PATIENCE)
+            wait_until(lambda: _answers(running), "room for a valid request", PATIENCE)
 
 
 def _answers(running: Server) -> bool:
@@ -147,7 +145,7 @@ def _send_for_ever(it: socket.socket) -> None:
 
 
 def _drip(it: socket.socket, data: bytes, pause: float) -> bytes:
-    """Send byte by byte until the server answers, and return what it says until it closes."""
+    """Send byte by byte until the server answers, and return all that it sends."""
     it.settimeout(pause)
     received = b""
     for byte in data:
@@ -163,7 +161,7 @@ def _drip(it: socket.socket, data: bytes, pause: float) -> bytes:
     return received + read_to_end(it)
 
 
-class TestLarge:
+class TestLargeRequests:
     @pytest.mark.parametrize(
         "head",
         [
@@ -192,7 +190,7 @@ class TestLarge:
         ],
         ids=["header", "trailer", "extension of a chunk"],
     )
-    def test_one_without_end_is_not_kept(self, running: Server, begun: bytes) -> None:
+    def test_an_endless_head_is_cut_off(self, running: Server, begun: bytes) -> None:
         sent = 0
         with connection(running) as it:
             it.sendall(begun)
@@ -203,7 +201,7 @@ class TestLarge:
             except (BrokenPipeError, ConnectionResetError):
                 pass
         assert sent < LINGER_BYTES + 32 * 2**20
-        alive(running)
+        assert_serving(running)
 
     def test_a_large_body_is_answered_before_it_is_sent(self, running: Server) -> None:
         with connection(running) as it:
@@ -211,14 +209,14 @@ class TestLarge:
             status, error = refusal(read_to_end(it))
         assert (status, error["code"]) == (413, "body_too_large")
 
-    def test_who_goes_on_sending_is_cut_off(self, running: Server) -> None:
+    def test_a_client_that_continues_to_send_is_cut_off(self, running: Server) -> None:
         with connection(running) as it:
             it.sendall(HEAD + b"Content-Length: 1000000000000\r\n\r\n")
             with pytest.raises((BrokenPipeError, ConnectionResetError)):
                 _send_for_ever(it)
-        alive(running)
+        assert_serving(running)
 
-    def test_a_bomb_is_refused_in_little_memory(self, running: Server) -> None:
+    def test_a_compressed_bomb_is_refused(self, running: Server) -> None:
         bomb = gzip.compress(b" " * 90_000_000)
         assert len(bomb) < 100_000
         response = httpx.post(
@@ -234,11 +232,11 @@ class TestLarge:
         body = b'{"input": ' + b"[" * depth + b"]" * depth + b"}"
         response = httpx.post(f"{running.url}/classify", content=body, timeout=PATIENCE)
         assert response.status_code == status
-        alive(running)
+        assert_serving(running)
 
 
 class TestConnections:
-    def test_more_than_allowed_are_turned_away(self, running: Server) -> None:
+    def test_connections_above_the_limit_are_refused(self, running: Server) -> None:
         before = running.scrape()
         with ExitStack() as stack:
             kept = [stack.enter_context(connection(running)) for _ in range(CONNECTIONS)]
@@ -270,7 +268,7 @@ class TestConnections:
         ],
         ids=lambda noise: repr(noise[-40:]),
     )
-    def test_what_is_no_request_is_answered_in_our_own_shape(
+    def test_malformed_requests_get_an_error_in_the_usual_shape(
         self, running: Server, noise: bytes
     ) -> None:
         with connection(running) as it:
@@ -280,9 +278,7 @@ class TestConnections:
         assert (status, error["code"]) == (400, "invalid_http")
 
     @pytest.mark.parametrize("offer", ["h2c", "websocket"])
-    def test_an_offer_of_another_protocol_is_an_ordinary_request(
-        self, running: Server, offer: str
-    ) -> None:
+    def test_an_offered_protocol_upgrade_is_ignored(self, running: Server, offer: str) -> None:
         headers = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": offer, "HTTP2-Settings": ""}
         with httpx.Client(base_url=running.url, headers=headers, timeout=PATIENCE) as client:
             for _ in range(2):
@@ -299,21 +295,19 @@ class TestConnections:
             it.sendall(request * 5 + last)
             assert read_to_end(it).count(b"HTTP/1.1 200 OK") == 6
 
-    def test_who_leaves_pipelined_requests_behind_is_no_error_of_ours(
-        self, running: Server
-    ) -> None:
+    def test_clients_that_leave_pipelined_requests_cause_no_errors(self, running: Server) -> None:
         before = running.scrape()
         for _ in range(5):
             with connection(running) as it:
                 it.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 40)
                 it.recv(1)
                 it.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        alive(running)
+        assert_serving(running)
         after = running.scrape()
         assert after.minus(before, "requests_total", route="/metrics", outcome="ok") >= 5
         assert after.minus(before, "requests_total", outcome="error") == 0
 
-    def test_a_client_that_reads_nothing_is_let_go(self, running: Server) -> None:
+    def test_a_client_that_reads_nothing_does_not_block_others(self, running: Server) -> None:
         with connection(running) as it:
             it.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             try:
@@ -321,7 +315,7 @@ class TestConnections:
                     it.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n")
             except (BrokenPipeError, ConnectionResetError):
                 pass
-            alive(running)
+            assert_serving(running)
 
 
 def clients_of(running: Server) -> list[str]:
@@ -329,24 +323,24 @@ def clients_of(running: Server) -> list[str]:
     return [line["client"] for line in lines if line.get("route") == "/v1/models"]
 
 
-def test_nobody_is_believed_about_where_a_request_comes_from(running: Server) -> None:
+def test_forwarded_headers_are_ignored_by_default(running: Server) -> None:
     headers = {"X-Forwarded-For": "203.0.113.7", "X-Forwarded-Proto": "https"}
     response = httpx.get(f"{running.url}/v1/models", headers=headers)
     assert "strict-transport-security" not in response.headers
     # The line is written after the answer.
-    wait_until(lambda: clients_of(running) == ["127.0.0.1"], "the line of this request alone")
+    wait_until(lambda: clients_of(running) == ["127.0.0.1"], "the log line of this request")
 
 
-def test_a_trusted_proxy_is_believed(model_store: Path, tmp_path: Path) -> None:
+def test_forwarded_headers_of_trusted_proxies_are_used(model_store: Path, tmp_path: Path) -> None:
     options = {"trusted_proxies": "127.0.0.0/8", "access_log": "1", "models": TOPICS}
     with server(model_store, tmp_path, engines=1, **options) as running:
         headers = {"X-Forwarded-For": "198.51.100.1, 203.0.113.7", "X-Forwarded-Proto": "https"}
         response = httpx.get(f"{running.url}/v1/models", headers=headers)
         assert "strict-transport-security" in response.headers
-        wait_until(lambda: clients_of(running) == ["203.0.113.7"], "the line of this request alone")
+        wait_until(lambda: clients_of(running) == ["203.0.113.7"], "the log line of this request")
 
 
-def test_metrics_have_a_port_of_their_own(model_store: Path, tmp_path: Path) -> None:
+def test_metrics_can_have_their_own_port(model_store: Path, tmp_path: Path) -> None:
     port = free_port()
     options = {"metrics_port": str(port), "models": TOPICS, "fronts": "2"}
     with server(model_store, tmp_path, engines=1, **options) as running:
@@ -363,7 +357,7 @@ def test_metrics_have_a_port_of_their_own(model_store: Path, tmp_path: Path) -> 
         victim.kill()
 
         def replaced() -> bool:
-            """Probes are answered all the time, by the other one."""
+            """Check that the other frontend answers probes, and compare the start times."""
             assert httpx.get(f"{side}/health/ready", timeout=30).status_code == 200
             return fronts().get("frontend-0", 0) > before["frontend-0"]
 
@@ -384,7 +378,7 @@ def test_metrics_have_a_port_of_their_own(model_store: Path, tmp_path: Path) -> 
 class TestTls:
     @pytest.fixture
     def certificates(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        """Return a folder with an authority, and a server's and a client's certificate by it."""
+        """Return a folder with a CA, and its certificates for a server and a client."""
         folder = tmp_path_factory.mktemp("certificates")
         new = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
 
@@ -400,7 +394,7 @@ class TestTls:
         make("stranger")
         return folder
 
-    def test_it_speaks_tls_with_clients_that_show_a_certificate(
+    def test_client_certificates_are_required(
         self, certificates: Path, model_store: Path, tmp_path: Path
     ) -> None:
         port = free_port()
@@ -434,7 +428,7 @@ class TestTls:
             with pytest.raises(httpx.TransportError):
                 httpx.get(f"{running.address}/health/live")
 
-    def test_a_key_of_another_certificate_is_one_line(
+    def test_the_key_of_another_certificate_is_one_line(
         self, certificates: Path, model_store: Path
     ) -> None:
         from tests.e2e.test_serve import refused
@@ -446,12 +440,12 @@ class TestTls:
         assert "tls_key" in line
 
 
-def test_it_drains_with_a_second_port_and_slow_clients(model_store: Path, tmp_path: Path) -> None:
+def test_a_server_with_two_ports_and_slow_clients_stops(model_store: Path, tmp_path: Path) -> None:
     options = {"metrics_port": str(free_port()), "models": TOPICS, "drain_seconds": "5"}
     with (
         server(model_store, tmp_path, engines=1, **options) as running,
         connection(running) as it,
     ):
         it.sendall(b"POST /cl")
-        alive(running)
+        assert_serving(running)
         assert running.terminate() == 0

@@ -1,4 +1,4 @@
-"""Every query of every panel, asked of a real Prometheus that scrapes the real service."""
+"""The queries of all dashboard panels, in a real Prometheus that scrapes a real server."""
 
 from __future__ import annotations
 
@@ -45,25 +45,25 @@ LOADED = {
                "Texts by step, first version", "Texts by step, second version", "Candidates",
                "Shadow texts", "Cost of shadow texts"},
 }  # fmt: skip
-"""Panels that show more than 0 while requests come."""
+"""Panels that show more than 0 under load."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What each query returned before the first request, and while many came."""
+    """The results of each query before the first request and under load."""
 
     idle: dict[Query, list[float]]
     loaded: dict[Query, list[float]]
     prometheus: Prometheus
 
 
-def ask_all(monitor: Prometheus) -> dict[Query, list[float]]:
+def query_all(monitor: Prometheus) -> dict[Query, list[float]]:
     return {query: monitor.values(query.filled(**WINDOW)) for query in QUERIES}
 
 
 @contextmanager
 def load(url: str) -> Iterator[None]:
-    """Send requests, one after the other, of every quality, until the block ends."""
+    """Send requests of every quality one after the other until the block ends."""
     enough = threading.Event()
 
     def send() -> None:
@@ -100,14 +100,14 @@ def seen(model_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         prometheus(running.url, folder) as monitor,
     ):
         wait_until(lambda: _scrapes(monitor) >= 4, "some scrapes of an idle service")
-        idle = ask_all(monitor)
+        idle = query_all(monitor)
         rollout = {"version": 1, "weight": 0.5, "shadow": 1.0}
         url = f"{running.url}/models/topics/rollout"
         assert httpx.post(url, json=rollout, headers=ADMIN, timeout=60).status_code == 200
         before = _scrapes(monitor)
         with load(running.url):
             wait_until(lambda: _scrapes(monitor) >= before + 6, "some scrapes under load")
-            loaded = ask_all(monitor)
+            loaded = query_all(monitor)
         _wait_for_reports(running, monitor)
         yield Seen(idle, loaded, monitor)
 
@@ -125,13 +125,13 @@ def _wait_for_reports(running: Server, monitor: Prometheus) -> None:
 
 
 @pytest.mark.parametrize("query", QUERIES, ids=str)
-def test_a_panel_of_an_idle_service_shows_a_number(seen: Seen, query: Query) -> None:
+def test_panels_of_an_idle_server_have_data(seen: Seen, query: Query) -> None:
     assert seen.idle[query], query.filled(**WINDOW)
     assert all(math.isfinite(value) and value >= 0 for value in seen.idle[query])
 
 
 @pytest.mark.parametrize("query", QUERIES, ids=str)
-def test_a_panel_shows_what_happens_under_load(seen: Seen, query: Query) -> None:
+def test_panels_show_the_load(seen: Seen, query: Query) -> None:
     values = seen.loaded[query]
     assert values, query.filled(**WINDOW)
     assert all(map(math.isfinite, values))
@@ -139,13 +139,13 @@ def test_a_panel_shows_what_happens_under_load(seen: Seen, query: Query) -> None
         assert max(values) > 0, query.filled(**WINDOW)
 
 
-def test_every_panel_that_must_show_something_exists() -> None:
+def test_panels_expected_to_show_load_exist() -> None:
     panels = {(query.board, query.panel) for query in QUERIES}
     assert {(board, panel) for board, names in LOADED.items() for panel in names} <= panels
 
 
 @pytest.mark.parametrize("query", EVENTS, ids=str)
-def test_events_are_read_from_what_prometheus_has(seen: Seen, query: Query) -> None:
+def test_event_queries_use_existing_series(seen: Seen, query: Query) -> None:
     asked = query.filled(**WINDOW)
     seen.prometheus.values(asked)
     for series in set(re.findall(r"budgetformer_\w+", asked)):
@@ -157,14 +157,14 @@ def test_a_model_load_is_an_event(seen: Seen) -> None:
     assert seen.prometheus.values(f"count(count by (model) ({loads}))") == [5]
 
 
-def test_shares_are_shares(seen: Seen) -> None:
+def test_shares_are_between_0_and_1(seen: Seen) -> None:
     by_panel = {query.panel: seen.loaded[query] for query in QUERIES}
     assert sum(by_panel["Distribution over steps"]) == pytest.approx(1)
     for panel in ("Compute saved", "Answered at step 0", "Drift", "Saturation", "Compute spent"):
         assert all(0 <= value <= 1.05 for value in by_panel[panel]), panel
 
 
-def test_answered_and_calibrated_texts_are_as_many(seen: Seen) -> None:
+def test_expected_texts_are_as_many_as_answered_ones(seen: Seen) -> None:
     answered, expected = (
         seen.prometheus.values(f"sum(budgetformer_{name}_total)")
         for name in ("items", "items_expected")
@@ -172,7 +172,7 @@ def test_answered_and_calibrated_texts_are_as_many(seen: Seen) -> None:
     assert expected == pytest.approx(answered)
 
 
-def test_prometheus_stores_the_traces_that_exemplars_name(seen: Seen) -> None:
+def test_prometheus_stores_exemplars_with_traces(seen: Seen) -> None:
     found = seen.prometheus.api(
         "query_exemplars",
         query="budgetformer_request_duration_seconds_bucket",
@@ -185,7 +185,7 @@ def test_prometheus_stores_the_traces_that_exemplars_name(seen: Seen) -> None:
     assert traces == {TRACE}
 
 
-def test_the_rules_are_evaluated_and_nothing_fires(seen: Seen) -> None:
+def test_rules_are_evaluated_and_no_alert_fires(seen: Seen) -> None:
     groups = seen.prometheus.api("rules")["groups"]
     rules = [rule for group in groups for rule in group["rules"]]
     assert len(rules) > 30

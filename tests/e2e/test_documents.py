@@ -1,4 +1,4 @@
-"""Every command and snippet of README and docs, run in a folder like a reader's."""
+"""Every command and snippet of README and docs runs, in a folder like that of a reader."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ NOT_RUN = {
     "python loadtests/idle.py": "times the machine: it is looked for",
     "python -m loadtests.cluster": "needs Ray, and loads the machine: it is looked for",
 }
-"""What is not run as it stands, and why."""
+"""Commands that are checked without running them, and why."""
 
 CODE = [page for page in PAGES if any(b.language in ("bash", "python") for b in blocks_of(page))]
 
 
 @pytest.fixture(scope="module")
 def named_store(model_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a store with a small model under the name of a shipped one."""
+    """Return a store in which a small model has the name of a shipped one."""
     store = tmp_path_factory.mktemp("documented") / "model_store"
     for version, source in (("2", "1"), ("3", "2")):
         folder = store / "ag_news" / version
@@ -80,22 +80,22 @@ def named_store(model_store: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @cache
 def grpc_address() -> str:
-    """Return where the server that the pages speak of answers calls."""
+    """Return the gRPC address of the server for the pages."""
     return f"127.0.0.1:{free_port()}"
 
 
 @pytest.fixture(scope="module")
 def documented(named_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Return the server that the pages speak of."""
+    """Return the server that the commands of the pages use."""
     folder = tmp_path_factory.mktemp("serving")
     port = grpc_address().partition(":")[2]
-    with server(named_store, folder, engines=1, admin_key=ADMIN_KEY, grpc_port=port) as it:
-        yield it
+    with server(named_store, folder, engines=1, admin_key=ADMIN_KEY, grpc_port=port) as running:
+        yield running
 
 
 @pytest.fixture
 def reader(named_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Change to a folder with what the pages take for granted."""
+    """Change to a folder with the files that the pages assume."""
     shutil.copytree(named_store, tmp_path / "model_store")
     shutil.copytree(named_store / "ag_news" / "3", tmp_path / "trained" / "ag_news")
     shutil.make_archive(str(tmp_path / "ag_news"), "gztar", named_store / "ag_news" / "3")
@@ -131,7 +131,7 @@ def test_the_code_of_a_page_runs(
 
 
 @pytest.mark.parametrize("family", ["distilbert", "modernbert", "deberta-v2"])
-def test_a_classifier_of_another_family(
+def test_the_page_about_classifiers_works_for_other_families(
     documented: Server, command: CommandLine, reader: Path, family: str
 ) -> None:
     shutil.rmtree(reader / "my_classifier")
@@ -143,7 +143,7 @@ def test_a_classifier_of_another_family(
 
 
 def _at(url: str, text: str) -> str:
-    """Let a text name the server of this test instead of the one on ports 8000 and 8001."""
+    """Replace the addresses on ports 8000 and 8001 by those of the test server."""
     host = url.removeprefix("http://")
     text = text.replace("127.0.0.1:8001", grpc_address())
     return text.replace("127.0.0.1:8000", host).replace("localhost:8000", host)
@@ -177,7 +177,9 @@ def _run_line(block: Block, line: str, url: str, command: CommandLine, reader: P
         outcome = command(*given[pipe + 2 :], stdin=" ".join(given[1:pipe]) + "\n")
         assert outcome.code == 0, f"{where}\n{outcome}"
     else:
-        assert given[0] in ("curl", "python", "node"), f"{where}: nobody knows how to run this"
+        assert given[0] in ("curl", "python", "node"), (
+            f"{where}: this test does not know how to run it"
+        )
         start = sys.executable if given[0] == "python" else program(given[0])
         done = subprocess.run(
             [start, *given[1:]], cwd=reader, capture_output=True, text=True, check=False,
@@ -192,7 +194,7 @@ def _run_line(block: Block, line: str, url: str, command: CommandLine, reader: P
 
 
 def _check(given: list[str], where: str) -> None:
-    """Check as much of a command as can be without running it."""
+    """Check a command without running it."""
     match given:
         case ["budgetformer", "serve", *rest]:
             read_serve_settings(rest)
@@ -218,11 +220,11 @@ def _check(given: list[str], where: str) -> None:
         case ["pip", "install", *_]:
             pass
         case _:
-            pytest.fail(f"{where}: nobody knows how to check this")
+            pytest.fail(f"{where}: this test does not know how to check it")
 
 
 def _parse(arguments: list[str]) -> None:
-    """Let the command line read a command without running it."""
+    """Parse a command without running it."""
     found: Any = get_command(app)
     context: typer.Context | None = None
     while hasattr(found, "commands"):
@@ -232,14 +234,14 @@ def _parse(arguments: list[str]) -> None:
     found.make_context("command", arguments, parent=context)
 
 
-def test_an_option_that_does_not_exist_would_be_found() -> None:
+def test_parsing_finds_unknown_options() -> None:
     _parse(["train", "--data", ".", "--out", "store/mine/1"])
     _parse(["bench", "pass", "--rounds", "3"])
     with pytest.raises(Exception, match="No such option"):
         _parse(["train", "--data", ".", "--out", "store/mine/1", "--nonsense"])
 
 
-def test_reasons_are_of_commands_that_there_are() -> None:
+def test_commands_that_are_not_run_occur_in_the_pages() -> None:
     lines = [
         " ".join(words)
         for page in PAGES
@@ -247,9 +249,9 @@ def test_reasons_are_of_commands_that_there_are() -> None:
         if block.language == "bash"
         for words in block.commands()
     ]
-    told = [text for page in PAGES for text in page.read_text().split("`")]
+    inline = [text for page in PAGES for text in page.read_text().split("`")]
     for start in NOT_RUN:
-        assert any(start in line for line in (*lines, *told)), f"{start} is in no page"
+        assert any(start in line for line in (*lines, *inline)), f"{start} is in no page"
 
 
 def test_the_answer_in_the_readme_has_the_fields_of_an_answer(documented: Server) -> None:
@@ -265,14 +267,16 @@ def _form(part: Any) -> Any:
 
 
 class TestExamples:
-    def test_a_csv(self, reader: Path) -> None:
+    def test_the_python_example_classifies_a_csv(self, reader: Path) -> None:
         done = self.run(reader, sys.executable, "classify_csv.py", "my_texts/test.csv", "out.csv")
         rows = (reader / "out.csv").read_text().splitlines()
         assert rows[0] == "text,label,score,heads"
         assert f"{len(rows) - 1} rows" in done
         assert len(rows) - 1 == len(single_label_rows())
 
-    def test_from_javascript(self, reader: Path, documented: Server) -> None:
+    def test_the_javascript_example_prints_answers_and_errors(
+        self, reader: Path, documented: Server
+    ) -> None:
         node = program("node")
         shown = self.run(reader, node, "classify.mjs", documented.url, "The otter slept.", "Fog.")
         assert len(shown.splitlines()) == 2

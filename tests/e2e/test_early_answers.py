@@ -1,4 +1,4 @@
-"""An answer that comes before the request is whole reaches a client that reads only afterwards."""
+"""An early answer reaches clients that read only after sending their whole request."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CHUNKED = b"POST /classify HTTP/1.1\r\n" + JSON + b"Transfer-Encoding: chunked\r
 
 
 def answer_to(it: socket.socket, begun: bytes) -> int:
-    """Send 64 MB without reading, then read to the end; return the only answer's status."""
+    """Send 64 MB without reading, then read to the end; return the status of the only answer."""
     it.sendall(begun + b"a" * SIZE)
     received = b""
     while part := it.recv(65536):
@@ -52,12 +52,12 @@ def plain(running: Server) -> socket.socket:
 
 
 @pytest.mark.parametrize("status", EARLY)
-def test_over_tcp(running: Server, status: int) -> None:
+def test_early_answers_arrive_over_tcp(running: Server, status: int) -> None:
     with plain(running) as it:
         assert answer_to(it, EARLY[status]) == status
 
 
-def test_in_a_chunk(running: Server) -> None:
+def test_early_answers_arrive_during_a_chunk(running: Server) -> None:
     with plain(running) as it:
         assert answer_to(it, CHUNKED) == 413
 
@@ -77,8 +77,8 @@ def secure(
     }
     folder = tmp_path_factory.mktemp("secure")
     probes = f"http://127.0.0.1:{port}"
-    with server(model_store, folder, engines=1, probes=probes, **options) as it:
-        yield it
+    with server(model_store, folder, engines=1, probes=probes, **options) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -87,12 +87,14 @@ def context(certificate: Path) -> ssl.SSLContext:
 
 
 @pytest.mark.parametrize("status", [400, 401, 413, 431])
-def test_over_tls(secure: Server, context: ssl.SSLContext, status: int) -> None:
+def test_early_answers_arrive_over_tls(
+    secure: Server, context: ssl.SSLContext, status: int
+) -> None:
     with context.wrap_socket(plain(secure), server_hostname="127.0.0.1") as it:
         assert answer_to(it, EARLY[status]) == status
 
 
-def test_handshakes_in_progress_are_connections(secure: Server, context: ssl.SSLContext) -> None:
+def test_handshakes_count_as_connections(secure: Server, context: ssl.SSLContext) -> None:
     def ask() -> int:
         url = secure.address.replace("http:", "https:")
         return httpx.get(f"{url}/health/live", verify=context, timeout=PATIENCE).status_code

@@ -1,4 +1,4 @@
-"""The server in surroundings that are against it, and behind a proxy that puts a path before it."""
+"""The server in a hostile folder and environment, and behind a proxy with a path prefix."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ PROXIES = {
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder of modules and packages that end whoever imports them."""
+    """Return a folder of modules that end the process that imports them."""
     folder = tmp_path_factory.mktemp("hostile")
     for name in DECOYS:
         (folder / f"{name}.py").write_text(f"raise SystemExit('{name} is imported from here')\n")
@@ -64,9 +64,9 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def running(
     model_store: Path, hostile: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    """Return a server that runs in that folder, with variables that are not for it.
+    """Return a server in this folder, with the environment variables of other services.
 
-    Neither its folder for temporary files nor one in its store has a name in UTF-8.
+    The names of its folder for temporary files and of a model are not UTF-8.
     """
     temporary, store = hostile / NOT_UTF_8, tmp_path_factory.mktemp("store")
     temporary.mkdir()
@@ -79,8 +79,8 @@ def running(
         environment=KUBERNETES | PROXIES | {"TMPDIR": str(temporary)},
         cwd=hostile,
         root_path=f"{PREFIX}/",
-    ) as it:
-        yield it
+    ) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_nothing_is_imported_from_the_working_directory(running: Server) -> None
     assert running.scrape().total("engine_restarts_total") == 0
 
 
-def test_names_that_are_not_utf_8_are_shown(running: Server) -> None:
+def test_names_that_are_not_utf_8_are_shown_escaped(running: Server) -> None:
     health = httpx.get(f"{running.url}/health").json()
     assert health["models"] == [f"{TOPICS}:1", f"{TOPICS}:2"] or f"{TOPICS}:2" in health["models"]
     assert health["errors"]
@@ -127,10 +127,10 @@ def test_bulk_workers_import_nothing_from_the_working_directory(
 
 
 @pytest.mark.parametrize("kind", ["module", "package"])
-def test_a_package_that_hides_ours_is_one_line(tmp_path: Path, kind: str) -> None:
-    place = tmp_path / ("service.py" if kind == "module" else "service/__init__.py")
-    place.parent.mkdir(exist_ok=True)
-    place.write_text("raise SystemExit('imported')\n")
+def test_a_module_that_shadows_the_package_is_one_line(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / ("service.py" if kind == "module" else "service/__init__.py")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("raise SystemExit('imported')\n")
     done = subprocess.run(
         python_command("-m", "budgetformer", "version"),
         env=clean_environment() | {"PYTHONPATH": str(tmp_path)},
@@ -141,7 +141,7 @@ def test_a_package_that_hides_ours_is_one_line(tmp_path: Path, kind: str) -> Non
     assert str(tmp_path / "service") in line
 
 
-def test_variables_of_a_service_with_our_name_are_named_once(running: Server) -> None:
+def test_ignored_variables_of_other_services_are_logged_once(running: Server) -> None:
     (line,) = [
         line for line in logged(running) if "of other services ignored" in str(line["event"])
     ]
@@ -149,7 +149,7 @@ def test_variables_of_a_service_with_our_name_are_named_once(running: Server) ->
     assert line["level"] == "warning"
 
 
-def test_the_health_check_and_the_client_ask_no_proxy(
+def test_health_check_and_client_use_no_proxy(
     running: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     port = running.url.rpartition(":")[2]
@@ -165,8 +165,8 @@ def test_the_health_check_and_the_client_ask_no_proxy(
         ({"BUDGETFORMER_PORT": port, "BUDGETFORMER_HOST": "0.0.0.0"}, 0),
         ({"BUDGETFORMER_PORT": "9"}, 1),
     ):
-        given = clean_environment() | ports
-        done = subprocess.run(check, env=given, capture_output=True, text=True, check=False)
+        environment = clean_environment() | ports
+        done = subprocess.run(check, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == code, done.stderr
         assert len(done.stderr.splitlines()) == code
     with Client(running.url) as client:
@@ -175,7 +175,7 @@ def test_the_health_check_and_the_client_ask_no_proxy(
 
 @pytest.fixture(scope="module", params=[True, False], ids=["stripped", "passed on"])
 def outside(request: pytest.FixtureRequest, running: Server) -> Iterator[str]:
-    """Return where a proxy serves it, which strips the prefix or passes it on."""
+    """Return the URL of the server behind a proxy that strips the prefix or passes it on."""
     with prefixing(running.url, PREFIX, strip=request.param) as url:
         yield url
 
@@ -193,7 +193,7 @@ class TestPrefix:
         assert httpx.get(f"{outside}/nowhere").json()["error"]["code"] == "not_found"
         assert httpx.put(f"{outside}/classify").headers.get("allow", "POST") == "POST"
 
-    def test_the_document_says_where_the_server_is(self, outside: str) -> None:
+    def test_the_openapi_document_names_the_prefix(self, outside: str) -> None:
         document = httpx.get(f"{outside}/openapi.json").json()
         assert document["servers"] == [{"url": PREFIX}]
 

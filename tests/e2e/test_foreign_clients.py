@@ -1,4 +1,4 @@
-"""A served program, asked by the clients that other servers' users have."""
+"""Clients of other servers work with this one: Hugging Face, Infinity, vLLM, SageMaker, Triton."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ TEXTS = [sentences(label)[7] for label in LABELS]
 LONG = "the otter slept " * 30
 
 
-def classify(running: Server, given: Any, **fields: Any) -> list[dict[str, Any]]:
-    """Return what POST /classify says: every other route must say the same."""
-    response = httpx.post(f"{running.url}/classify", json={"input": given, **fields})
+def classify(running: Server, texts: Any, **fields: Any) -> list[dict[str, Any]]:
+    """Return the answer of POST /classify, which other routes must agree with."""
+    response = httpx.post(f"{running.url}/classify", json={"input": texts, **fields})
     assert response.status_code == 200, response.text
     return list(response.json()["data"])
 
 
 class TestHuggingFaceHub:
     @pytest.mark.parametrize("path", ["", "/", "/predict"])
-    def test_a_text_gets_every_label_best_first(self, running: Server, path: str) -> None:
+    def test_a_text_gets_all_labels_best_first(self, running: Server, path: str) -> None:
         (expected,) = classify(running, TEXTS[0])
         answer = InferenceClient(f"{running.url}{path}").text_classification(TEXTS[0])
         assert [(one.label, one.score) for one in answer] == [
@@ -43,7 +43,7 @@ class TestHuggingFaceHub:
         ]
 
     @pytest.mark.parametrize("path", ["", "/predict"])
-    async def test_the_asynchronous_client(self, running: Server, path: str) -> None:
+    async def test_the_asynchronous_client_gets_answers(self, running: Server, path: str) -> None:
         async with AsyncInferenceClient(f"{running.url}{path}") as client:
             answers = [await client.text_classification(text) for text in TEXTS]
         assert [answer[0].label for answer in answers] == list(LABELS)
@@ -52,12 +52,12 @@ class TestHuggingFaceHub:
         answer = InferenceClient().text_classification(TEXTS[1], model=f"{running.url}/predict")
         assert answer[0].label == LABELS[1]
 
-    def test_the_best_labels_alone(self, running: Server) -> None:
+    def test_top_k_limits_the_labels(self, running: Server) -> None:
         answer = InferenceClient(running.url).text_classification(TEXTS[0], top_k=2)
         assert len(answer) == 2
         assert answer[0].label == LABELS[0]
 
-    def test_another_function_of_the_logits(self, running: Server) -> None:
+    def test_function_to_apply_selects_the_scores(self, running: Server) -> None:
         (expected,) = classify(running, TEXTS[0], use_activation=False)
         client = InferenceClient(running.url)
         raw = client.text_classification(TEXTS[0], function_to_apply="none")
@@ -67,7 +67,7 @@ class TestHuggingFaceHub:
             [1 / (1 + np.exp(-one.score)) for one in raw]
         )
 
-    def test_an_error_says_what_is_wrong(self, running: Server) -> None:
+    def test_errors_have_the_clients_shape(self, running: Server) -> None:
         client = InferenceClient(running.url)
         with pytest.raises(HfHubHTTPError, match="greater than or equal to 1") as caught:
             client.text_classification(TEXTS[0], top_k=0)
@@ -92,7 +92,7 @@ class TestInfinity:
             assert [one.label for one in row] == [one["label"] for one in item["labels"]]
             assert row[0].score == pytest.approx(item["score"])
 
-    def test_raw_scores(self, running: Server) -> None:
+    def test_raw_scores_are_logits(self, running: Server) -> None:
         (expected,) = classify(running, TEXTS[0], use_activation=False)
         (row,) = self.ask(
             running, ClassifyInput(input_=[TEXTS[0]], model=TOPICS, raw_scores=True)
@@ -101,7 +101,7 @@ class TestInfinity:
 
 
 class TestVllm:
-    def test_what_its_client_sends_is_taken(self, running: Server) -> None:
+    def test_the_fields_of_its_client_are_accepted(self, running: Server) -> None:
         body = {
             "model": TOPICS, "input": TEXTS, "user": "someone", "request_id": "mine-1",
             "priority": 0, "truncate_prompt_tokens": -1, "add_special_tokens": True,
@@ -117,14 +117,14 @@ class TestVllm:
 
 
 class TestSageMaker:
-    def test_ping(self, running: Server) -> None:
+    def test_ping_answers(self, running: Server) -> None:
         assert httpx.get(f"{running.url}/ping").status_code == 200
 
-    def test_invocations_with_input_are_those_of_classify(self, running: Server) -> None:
+    def test_invocations_with_input_answer_like_classify(self, running: Server) -> None:
         answer = httpx.post(f"{running.url}/invocations", json={"input": TEXTS}).json()
         assert [item["label"] for item in answer["data"]] == list(LABELS)
 
-    def test_invocations_with_inputs_are_those_of_predict(self, running: Server) -> None:
+    def test_invocations_with_inputs_answer_like_predict(self, running: Server) -> None:
         body = {"inputs": [[text] for text in TEXTS]}
         answer = httpx.post(f"{running.url}/invocations", json=body).json()
         assert answer == httpx.post(f"{running.url}/predict", json=body).json()
@@ -148,7 +148,7 @@ def texts_input(
 
 
 class TestTriton:
-    def test_health(self, client: triton.InferenceServerClient) -> None:
+    def test_server_and_models_report_readiness(self, client: triton.InferenceServerClient) -> None:
         assert client.is_server_live()
         assert client.is_server_ready()
         assert client.is_model_ready(TOPICS)
@@ -162,7 +162,7 @@ class TestTriton:
         assert described["version"]
         assert {"binary_tensor_data", "classification"} <= set(described["extensions"])
 
-    def test_metadata_describe_every_tensor(self, client: triton.InferenceServerClient) -> None:
+    def test_metadata_describes_every_tensor(self, client: triton.InferenceServerClient) -> None:
         described = client.get_model_metadata(TOPICS)
         assert (described["name"], described["versions"]) == (TOPICS, ["2"])
         assert described["inputs"][0] == {"name": "text", "datatype": "BYTES", "shape": [-1, 1]}
@@ -189,7 +189,7 @@ class TestTriton:
     @pytest.mark.parametrize("sent_binary", [True, False])
     @pytest.mark.parametrize("answered_binary", [True, False])
     @pytest.mark.parametrize("flat", [True, False])
-    def test_infer_says_what_classify_says(
+    def test_infer_answers_like_classify(
         self,
         running: Server,
         client: triton.InferenceServerClient,
@@ -221,7 +221,7 @@ class TestTriton:
         ):
             np.testing.assert_allclose(result.as_numpy(name).ravel(), values, rtol=1e-5)
 
-    def test_texts_beyond_ascii_and_empty_ones_arrive(
+    def test_unicode_and_empty_texts_are_classified(
         self, running: Server, client: triton.InferenceServerClient
     ) -> None:
         odd = ["", "Füchse 🦊 liefen", "漢字", "a\x00b"]
@@ -230,7 +230,7 @@ class TestTriton:
             result = client.infer(TOPICS, [texts_input(odd, binary=binary)])
             np.testing.assert_allclose(result.as_numpy("probs"), expected, rtol=1e-4)
 
-    def test_a_compressed_answer(
+    def test_compressed_answers_are_read(
         self, running: Server, client: triton.InferenceServerClient
     ) -> None:
         expected = [item["probs"] for item in classify(running, TEXTS * 60)]
@@ -243,7 +243,9 @@ class TestTriton:
         )
         np.testing.assert_allclose(result.as_numpy("probs"), expected, rtol=1e-5)
 
-    def test_pairs(self, running: Server, client: triton.InferenceServerClient) -> None:
+    def test_pairs_are_classified(
+        self, running: Server, client: triton.InferenceServerClient
+    ) -> None:
         seconds = TEXTS[::-1]
         given = [{"text": a, "text_pair": b} for a, b in zip(TEXTS, seconds, strict=True)]
         expected = [item["probs"] for item in classify(running, given, model=PAIRS)]
@@ -253,7 +255,7 @@ class TestTriton:
 
     @pytest.mark.parametrize("kind", ["INT32", "INT64"])
     @pytest.mark.parametrize("binary", [True, False])
-    def test_token_ids_in_place_of_texts(
+    def test_token_ids_are_classified(
         self, running: Server, client: triton.InferenceServerClient, kind: str, binary: bool
     ) -> None:
         expected = [item["probs"] for item in classify(running, TEXTS)]
@@ -270,7 +272,9 @@ class TestTriton:
         np.testing.assert_allclose(result.as_numpy("probs"), expected, rtol=1e-4)
         assert result.as_numpy("label").shape == (len(TEXTS), 1)
 
-    def test_the_classification_extension(self, client: triton.InferenceServerClient) -> None:
+    def test_the_classification_extension_returns_top_labels(
+        self, client: triton.InferenceServerClient
+    ) -> None:
         outputs = [triton.InferRequestedOutput("probs", class_count=2)]
         rows = client.infer(TOPICS, [texts_input(TEXTS)], outputs=outputs).as_numpy("probs")
         assert rows.shape == (len(TEXTS), 2)
@@ -279,14 +283,14 @@ class TestTriton:
             assert (name, LABELS[int(index)]) == (label, label)
             assert 0 < float(score) <= 1
 
-    def test_parameters_choose_the_budget(self, client: triton.InferenceServerClient) -> None:
+    def test_parameters_set_the_budget(self, client: triton.InferenceServerClient) -> None:
         result = client.infer(TOPICS, [texts_input(TEXTS)], parameters={"heads": 3})
         assert result.as_numpy("heads").ravel().tolist() == [3 * LAYERS] * len(TEXTS)
         fast = client.infer(TOPICS, [texts_input(TEXTS)], parameters={"quality": "fast"})
         assert fast.as_numpy("budget").ravel().tolist() == [0] * len(TEXTS)
 
     @pytest.mark.parametrize("algorithm", ["gzip", "deflate"])
-    def test_compressed_requests(
+    def test_compressed_requests_are_read(
         self, client: triton.InferenceServerClient, algorithm: str
     ) -> None:
         result = client.infer(
@@ -295,7 +299,7 @@ class TestTriton:
         )  # fmt: skip
         assert [label.decode() for label in result.as_numpy("label").ravel()] == list(LABELS)
 
-    def test_many_at_once(self, client: triton.InferenceServerClient) -> None:
+    def test_concurrent_requests_are_answered(self, client: triton.InferenceServerClient) -> None:
         waiting = [client.async_infer(TOPICS, [texts_input([text])]) for text in TEXTS * 3]
         labels = [one.get_result().as_numpy("label")[0, 0].decode() for one in waiting]
         assert labels == list(LABELS) * 3
@@ -313,16 +317,16 @@ class TestTriton:
         ],
         ids=lambda value: value if isinstance(value, str) else "",
     )  # fmt: skip
-    def test_errors_reach_the_client_as_its_exception(
+    def test_errors_raise_the_clients_exception(
         self,
         client: triton.InferenceServerClient,
         change: dict[str, Any],
         status: str,
         message: str,
     ) -> None:
-        asked = {"model_name": TOPICS, "inputs": [texts_input(TEXTS)]} | change
+        arguments = {"model_name": TOPICS, "inputs": [texts_input(TEXTS)]} | change
         with pytest.raises(InferenceServerException, match=message) as caught:
-            client.infer(**asked)
+            client.infer(**arguments)
         assert caught.value.status() == status
 
 
@@ -337,26 +341,30 @@ class TestTritonRepository:
         assert states[TOPICS, "1"] == "UNAVAILABLE"
         assert states[PAIRS, "1"] == "READY"
 
-    def test_unload_and_load(self, client: triton.InferenceServerClient) -> None:
+    def test_models_can_be_unloaded_and_loaded(self, client: triton.InferenceServerClient) -> None:
         client.unload_model(PAIRS, headers=dict(ADMIN))
         assert not client.is_model_ready(PAIRS)
         assert self.states(client)[PAIRS, "1"] == "UNAVAILABLE"
         client.load_model(PAIRS, headers=dict(ADMIN))
         assert client.is_model_ready(PAIRS)
 
-    def test_without_the_key_nothing_changes(self, client: triton.InferenceServerClient) -> None:
+    def test_without_the_admin_key_changes_are_refused(
+        self, client: triton.InferenceServerClient
+    ) -> None:
         for change in (client.load_model, client.unload_model):
             with pytest.raises(InferenceServerException, match="key") as caught:
                 change(PAIRS)
             assert caught.value.status() == "401"
         assert client.is_model_ready(PAIRS)
 
-    def test_load_takes_no_configuration(self, client: triton.InferenceServerClient) -> None:
+    def test_load_with_a_configuration_is_refused(
+        self, client: triton.InferenceServerClient
+    ) -> None:
         with pytest.raises(InferenceServerException, match="no parameters"):
             client.load_model(PAIRS, headers=dict(ADMIN), config="{}")
 
 
-def test_no_text_of_a_foreign_client_is_logged(running: Server) -> None:
+def test_texts_of_these_clients_are_not_logged(running: Server) -> None:
     for path, body in (
         ("/predict", {"inputs": "xyzzy"}),
         ("/predict", {"inputs": ["xyzzy", 5]}),
@@ -368,7 +376,7 @@ def test_no_text_of_a_foreign_client_is_logged(running: Server) -> None:
     assert "xyzzy" not in running.log.read_text()
 
 
-def test_requests_are_counted_by_the_route_they_came_on(running: Server) -> None:
+def test_requests_are_counted_by_route(running: Server) -> None:
     before = running.scrape()
     httpx.post(f"{running.url}/predict", json={"inputs": TEXTS[0]})
     httpx.post(f"{running.url}/v2/models/topics/infer", json={})

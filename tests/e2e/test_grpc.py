@@ -1,4 +1,4 @@
-"""A served program, asked over gRPC by Triton's client."""
+"""A real server over gRPC: calls of Triton's client, probes, failures, TLS and shutdown."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def called(
         "quality_floor": "balanced",
         "max_body_bytes": str(BODY_BYTES),
     }
-    with server(model_store, tmp_path_factory.mktemp("called"), engines=1, **options) as it:
-        yield it
+    with server(model_store, tmp_path_factory.mktemp("called"), engines=1, **options) as running:
+        yield running
 
 
 @pytest.fixture
@@ -66,16 +66,16 @@ def client(called: Server, address: str) -> Iterator[InferenceServerClient]:
 
 
 def new_client(address: str) -> InferenceServerClient:
-    """Return a client with a connection of its own, which others would share."""
-    alone = [("grpc.use_local_subchannel_pool", 1)]
-    return InferenceServerClient(address, channel_args=alone)
+    """Return a client with its own connection; by default, gRPC shares connections."""
+    own_connection = [("grpc.use_local_subchannel_pool", 1)]
+    return InferenceServerClient(address, channel_args=own_connection)
 
 
 def infer(client: InferenceServerClient, texts: list[str] = TEXTS) -> InferResult:
     return client.infer(TOPICS, [texts_input(texts)])
 
 
-def test_every_call_that_is_answered(called: Server, client: InferenceServerClient) -> None:
+def test_every_supported_call_is_answered(called: Server, client: InferenceServerClient) -> None:
     admin = {"authorization": f"Bearer {ADMIN_KEY}"}
     assert client.is_server_live()
     assert client.is_server_ready()
@@ -96,31 +96,31 @@ def test_every_call_that_is_answered(called: Server, client: InferenceServerClie
     )
 
 
-def test_infer_says_what_it_says_over_http(called: Server, client: InferenceServerClient) -> None:
+def test_infer_answers_like_http(called: Server, client: InferenceServerClient) -> None:
     names = ("label", "probs", "heads", "budget", "macs", "steps")
     outputs = [InferRequestedOutput(name) for name in names]
-    given = texts_input(TEXTS)
-    result = client.infer(TOPICS, [given], outputs=outputs, request_id="mine-7")
+    tensor = texts_input(TEXTS)
+    result = client.infer(TOPICS, [tensor], outputs=outputs, request_id="mine-7")
     assert result.get_response().id == "mine-7"
-    http_given = triton_http.InferInput("text", [len(TEXTS), 1], "BYTES")
-    http_given.set_data_from_numpy(np.array(TEXTS, np.object_).reshape(-1, 1))
+    http_tensor = triton_http.InferInput("text", [len(TEXTS), 1], "BYTES")
+    http_tensor.set_data_from_numpy(np.array(TEXTS, np.object_).reshape(-1, 1))
     with triton_http.InferenceServerClient(called.url.removeprefix("http://")) as http:
-        expected = http.infer(TOPICS, [http_given])
+        expected = http.infer(TOPICS, [http_tensor])
     for name in names:
         np.testing.assert_array_equal(result.as_numpy(name), expected.as_numpy(name))
 
 
-def test_kubernetes_probes(called: Server, address: str) -> None:
+def test_kubernetes_probes_are_answered(called: Server, address: str) -> None:
     assert called.ready()
     with grpc.insecure_channel(address) as channel:
         answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
     assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
-def test_callbacks(client: InferenceServerClient) -> None:
+def test_asynchronous_calls_invoke_their_callback(client: InferenceServerClient) -> None:
     done: list[tuple[InferResult | None, InferenceServerException | None]] = []
-    given = [texts_input(TEXTS)]
-    client.async_infer(TOPICS, given, lambda result, error: done.append((result, error)))
+    inputs = [texts_input(TEXTS)]
+    client.async_infer(TOPICS, inputs, lambda result, error: done.append((result, error)))
     wait_until(lambda: bool(done), "an answer")
     ((result, error),) = done
     assert error is None
@@ -128,7 +128,7 @@ def test_callbacks(client: InferenceServerClient) -> None:
     assert len(result.as_numpy("label")) == len(TEXTS)
 
 
-def test_what_one_caller_does_wrong_harms_no_other(
+def test_invalid_calls_do_not_affect_other_callers(
     called: Server, client: InferenceServerClient, address: str
 ) -> None:
     host, _, port = address.partition(":")
@@ -148,7 +148,7 @@ def test_what_one_caller_does_wrong_harms_no_other(
     assert called.scrape().total("engine_restarts_total") == 0
 
 
-def test_a_frontend_that_dies_takes_only_its_own_connections(called: Server, address: str) -> None:
+def test_a_killed_frontend_is_replaced(called: Server, address: str) -> None:
     def frontend() -> psutil.Process:
         return next(c for c in called.children if "service.frontend" in c.cmdline())
 
@@ -166,7 +166,7 @@ def test_a_frontend_that_dies_takes_only_its_own_connections(called: Server, add
     assert all(asks() for _ in range(20))
 
 
-def test_it_drains_when_asked_to_stop(model_store: Path, tmp_path: Path) -> None:
+def test_running_calls_are_answered_before_a_stop(model_store: Path, tmp_path: Path) -> None:
     port = free_port()
     options = {"default_model": TOPICS, "grpc_port": str(port)}
     with (
@@ -174,16 +174,16 @@ def test_it_drains_when_asked_to_stop(model_store: Path, tmp_path: Path) -> None
         InferenceServerClient(f"127.0.0.1:{port}") as client,
         ThreadPoolExecutor(1) as pool,
     ):
-        given, escalate = [texts_input(TEXTS)], {"heads": 4}
-        client.infer(TOPICS, given, parameters=escalate)
+        inputs, parameters = [texts_input(TEXTS)], {"heads": 4}
+        client.infer(TOPICS, inputs, parameters=parameters)
         engine = psutil.Process(running.engines()[0])
         engine.send_signal(signal.SIGSTOP)
-        asked = pool.submit(client.infer, TOPICS, given, parameters=escalate)
+        answer = pool.submit(client.infer, TOPICS, inputs, parameters=parameters)
         wait_until(lambda: running.in_flight() == len(TEXTS), "a call in flight")
         running.process.send_signal(signal.SIGTERM)
         wait_until(lambda: not accepts(port), "a closed port")
         engine.send_signal(signal.SIGCONT)
-        assert len(asked.result().as_numpy("label")) == len(TEXTS)
+        assert len(answer.result().as_numpy("label")) == len(TEXTS)
         assert running.process.wait(60) == 0
 
 
@@ -195,7 +195,9 @@ def accepts(port: int) -> bool:
     return True
 
 
-def test_tls(model_store: Path, certificate: Path, tmp_path: Path) -> None:
+def test_tls_requires_client_certificates(
+    model_store: Path, certificate: Path, tmp_path: Path
+) -> None:
     port, probes = free_port(), free_port()
     chain, key = certificate / "chain.pem", certificate / "key.pem"
     options = {
@@ -208,9 +210,9 @@ def test_tls(model_store: Path, certificate: Path, tmp_path: Path) -> None:
     }
     url, address = f"http://127.0.0.1:{probes}", f"127.0.0.1:{port}"
     with server(model_store, tmp_path, engines=1, probes=url, **options) as running:
-        ours = {"private_key": str(key), "certificate_chain": str(chain)}
+        own = {"private_key": str(key), "certificate_chain": str(chain)}
         with InferenceServerClient(
-            address, ssl=True, root_certificates=str(chain), **ours
+            address, ssl=True, root_certificates=str(chain), **own
         ) as client:
             assert len(infer(client).as_numpy("label")) == len(TEXTS)
         for options in ({}, {"ssl": True, "root_certificates": str(chain)}):
@@ -249,14 +251,14 @@ def test_a_reload_renews_the_certificate(model_store: Path, tmp_path: Path) -> N
             shutil.copytree(second, used, dirs_exist_ok=True)
             running.process.send_signal(signal.SIGHUP)
             wait_until(lambda: "settings reloaded" in running.log.read_text(), "the reload")
-            assert len(infer(before).as_numpy("label")) == len(TEXTS), "this connection stays"
+            assert len(infer(before).as_numpy("label")) == len(TEXTS), "open connections stay"
         with connect(second) as after:
             assert len(infer(after).as_numpy("label")) == len(TEXTS)
         with connect(first) as late, pytest.raises(InferenceServerException, match="UNAVAILABLE"):
             infer(late)
 
 
-def test_a_port_that_is_taken(model_store: Path, called: Server, address: str) -> None:
+def test_a_port_in_use_is_an_error(model_store: Path, called: Server, address: str) -> None:
     assert called.ready()
     arguments = [f"--model-store={model_store}", f"--grpc-port={address.partition(':')[2]}"]
     done = subprocess.run(

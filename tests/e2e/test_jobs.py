@@ -1,4 +1,4 @@
-"""Jobs on a real server: what survives a kill, and what an upload that is cut off leaves."""
+"""Jobs on a real server: killed processes, interrupted uploads, and the command line."""
 
 from __future__ import annotations
 
@@ -28,130 +28,132 @@ PATIENCE = 120.0
 
 
 def serving(store: Path, folder: Path, **options: Any) -> AbstractContextManager[Server]:
-    given = {"engines": 1, "models": f'["{TOPICS}"]', "state_dir": str(folder / "state")}
-    given |= {"quality_floor": "balanced"}
-    return server(store, folder, **given | options)  # type: ignore[arg-type]
+    defaults = {"engines": 1, "models": f'["{TOPICS}"]', "state_dir": str(folder / "state")}
+    defaults |= {"quality_floor": "balanced"}
+    return server(store, folder, **defaults | options)  # type: ignore[arg-type]
 
 
 @pytest.fixture
 def running(model_store: Path, tmp_path: Path) -> Iterator[Server]:
-    with serving(model_store, tmp_path, fronts=2) as it:
-        yield it
+    with serving(model_store, tmp_path, fronts=2) as running:
+        yield running
 
 
-def submitted(it: Server, content: bytes = FILE, **options: Any) -> str:
+def submit(running: Server, content: bytes = FILE, **options: Any) -> str:
     response = httpx.post(
-        f"{it.url}/jobs", content=content, params=options, timeout=60,
+        f"{running.url}/jobs", content=content, params=options, timeout=60,
         headers={"content-type": "application/x-ndjson"},
     )  # fmt: skip
     assert response.status_code == 202, response.text
     return str(response.json()["id"])
 
 
-def shown(it: Server, job: str) -> dict[str, Any]:
-    response = httpx.get(f"{it.url}/jobs/{job}", timeout=60)
+def show(running: Server, job: str) -> dict[str, Any]:
+    response = httpx.get(f"{running.url}/jobs/{job}", timeout=60)
     assert response.status_code == 200, response.text
     return dict(response.json())
 
 
-def begun(it: Server, job: str) -> None:
-    """Return when some rows are answered, and by far not all."""
-    wait_until(lambda: shown(it, job)["rows"] > 100, "the first rows", PATIENCE)
-    assert shown(it, job)["rows"] < len(TEXTS) / 2
+def wait_until_begun(running: Server, job: str) -> None:
+    """Wait until some rows are answered, and check that most are not."""
+    wait_until(lambda: show(running, job)["rows"] > 100, "the first rows", PATIENCE)
+    assert show(running, job)["rows"] < len(TEXTS) / 2
 
 
-def finished(it: Server, job: str) -> list[dict[str, Any]]:
-    """Return the rows of the result."""
+def result_of(running: Server, job: str) -> list[dict[str, Any]]:
+    """Wait until the job has finished, and return the rows of its result."""
     unfinished = ("queued", "running")
-    wait_until(lambda: shown(it, job)["status"] not in unfinished, "the end of the job", PATIENCE)
-    assert shown(it, job)["status"] == "finished", shown(it, job)
-    content = httpx.get(f"{it.url}/jobs/{job}/result", timeout=60).content
+    wait_until(
+        lambda: show(running, job)["status"] not in unfinished, "the end of the job", PATIENCE
+    )
+    assert show(running, job)["status"] == "finished", show(running, job)
+    content = httpx.get(f"{running.url}/jobs/{job}/result", timeout=60).content
     return [json.loads(line) for line in content.splitlines()]
 
 
-def check(it: Server, rows: list[dict[str, Any]]) -> None:
+def check(running: Server, rows: list[dict[str, Any]]) -> None:
     """Check that each row is there once, in order, with the answer of POST /classify."""
     assert [row["text"] for row in rows] == TEXTS
     for begin in range(0, len(TEXTS), 2000):
-        asked = TEXTS[begin : begin + 2000]
+        texts = TEXTS[begin : begin + 2000]
         answer = httpx.post(
-            f"{it.url}/classify", json={"input": asked, "quality": "balanced"}, timeout=60
+            f"{running.url}/classify", json={"input": texts, "quality": "balanced"}, timeout=60
         ).json()
         part = rows[begin : begin + 2000]
         assert [row["label"] for row in part] == [item["label"] for item in answer["data"]]
         assert [row["macs"] for row in part] == [item["macs"] for item in answer["data"]]
 
 
-def job_processes(it: Server) -> list[psutil.Process]:
-    return [child for child in it.children if "service.jobs" in " ".join(child.cmdline())]
+def job_processes(running: Server) -> list[psutil.Process]:
+    return [child for child in running.children if "service.jobs" in " ".join(child.cmdline())]
 
 
-def test_there_is_no_process_for_jobs_without_a_job(running: Server) -> None:
+def test_the_job_process_starts_with_the_first_job_and_without_torch(running: Server) -> None:
     assert job_processes(running) == []
-    job = submitted(running, b'{"text": "A choir rehearsed."}\n')
-    assert len(finished(running, job)) == 1
+    job = submit(running, b'{"text": "A choir rehearsed."}\n')
+    assert len(result_of(running, job)) == 1
     (process,) = job_processes(running)
     modules = {Path(file.path).name for file in process.memory_maps()}
     assert not any(name.startswith("libtorch") for name in modules)
     wait_until(lambda: running.scrape().total("jobs", status="finished") == 1, "the count of jobs")
 
 
-def test_a_killed_process_loses_no_row_and_answers_none_twice(running: Server) -> None:
-    job = submitted(running)
-    begun(running, job)
+def test_after_a_killed_job_process_each_row_is_answered_once(running: Server) -> None:
+    job = submit(running)
+    wait_until_begun(running, job)
     (process,) = job_processes(running)
     process.send_signal(signal.SIGKILL)
-    check(running, finished(running, job))
+    check(running, result_of(running, job))
     assert job_processes(running) != [process]
 
 
-def test_a_killed_engine_is_waited_for(running: Server) -> None:
-    job = submitted(running, heads=1)
-    begun(running, job)
+def test_a_job_continues_after_its_engine_was_killed(running: Server) -> None:
+    job = submit(running, heads=1)
+    wait_until_begun(running, job)
     os.kill(running.engines()[0], signal.SIGKILL)
-    assert [row["text"] for row in finished(running, job)] == TEXTS
-    assert shown(running, job)["failed_rows"] == 0
+    assert [row["text"] for row in result_of(running, job)] == TEXTS
+    assert show(running, job)["failed_rows"] == 0
 
 
-def test_a_killed_server_goes_on_when_it_is_back(model_store: Path, tmp_path: Path) -> None:
+def test_a_job_continues_after_the_server_was_killed(model_store: Path, tmp_path: Path) -> None:
     with serving(model_store, tmp_path) as before:
-        job = submitted(before)
-        begun(before, job)
+        job = submit(before)
+        wait_until_begun(before, job)
         family = before.children
         for process in (psutil.Process(before.process.pid), *family):
             process.send_signal(signal.SIGKILL)
         before.process.wait()
         psutil.wait_procs(family, 30)
     with serving(model_store, tmp_path) as after:
-        check(after, finished(after, job))
+        check(after, result_of(after, job))
 
 
-def test_of_two_servers_on_one_folder_the_second_says_that_it_runs_no_jobs(
+def test_only_one_of_two_servers_on_one_folder_runs_jobs(
     running: Server, model_store: Path, tmp_path: Path
 ) -> None:
-    first = submitted(running, b'{"text": "A choir rehearsed."}\n')
-    finished(running, first)
+    first = submit(running, b'{"text": "A choir rehearsed."}\n')
+    result_of(running, first)
     folder = tmp_path / "second"
     folder.mkdir()
     with serving(model_store, folder, state_dir=str(tmp_path / "state")) as second:
 
-        def told() -> list[str]:
+        def errors() -> list[str]:
             return list(httpx.get(f"{second.url}/health", timeout=30).json()["errors"])
 
-        wait_until(lambda: bool(told()), "the error in /health")
-        assert "another server runs the jobs in it" in told()[0]
+        wait_until(lambda: bool(errors()), "the error in /health")
+        assert "another server runs the jobs in it" in errors()[0]
         assert second.ready()
-        # It may accept one, which the first server runs.
-        assert len(finished(second, submitted(second, b'{"text": "Thick fog."}\n'))) == 1
+        # It accepts jobs, and the first server runs them.
+        assert len(result_of(second, submit(second, b'{"text": "Thick fog."}\n'))) == 1
         assert job_processes(second) == []
         running.terminate()
-        assert len(finished(second, submitted(second, b'{"text": "A choir."}\n'))) == 1
-        wait_until(lambda: told() == [], "the end of the error")
+        assert len(result_of(second, submit(second, b'{"text": "A choir."}\n'))) == 1
+        wait_until(lambda: errors() == [], "the end of the error")
 
 
 class TestUploads:
-    def connect(self, it: Server) -> socket.socket:
-        port = httpx.URL(it.url).port
+    def connect(self, running: Server) -> socket.socket:
+        port = httpx.URL(running.url).port
         assert port is not None
         return socket.create_connection(("127.0.0.1", port), timeout=30)
 
@@ -159,7 +161,7 @@ class TestUploads:
         b"POST /jobs HTTP/1.1\r\nHost: here\r\nContent-Type: text/csv\r\nContent-Length: %d\r\n\r\n"
     )
 
-    def test_that_are_cut_off_leave_nothing(self, running: Server, tmp_path: Path) -> None:
+    def test_an_interrupted_upload_leaves_no_files(self, running: Server, tmp_path: Path) -> None:
         jobs = tmp_path / "state" / "jobs"
         with self.connect(running) as client:
             client.sendall(self.HEAD % 10_000_000 + b"text\n" + b"x" * 5_000_000)
@@ -167,7 +169,9 @@ class TestUploads:
         wait_until(lambda: not any(jobs.glob(".*/")), "the end of the upload")
         assert httpx.get(f"{running.url}/jobs").json()["data"] == []
 
-    def test_of_a_killed_frontend_are_no_jobs(self, running: Server, tmp_path: Path) -> None:
+    def test_the_upload_of_a_killed_frontend_is_not_a_job(
+        self, running: Server, tmp_path: Path
+    ) -> None:
         jobs = tmp_path / "state" / "jobs"
         fronts = [c for c in running.children if "service.frontend" in " ".join(c.cmdline())]
         with self.connect(running) as client:
@@ -178,30 +182,31 @@ class TestUploads:
             psutil.wait_procs(fronts, 30)
         running.wait_ready(1)
         assert httpx.get(f"{running.url}/jobs").json()["data"] == []
-        assert len(finished(running, submitted(running, b'{"text": "Thick fog."}\n'))) == 1
+        assert len(result_of(running, submit(running, b'{"text": "Thick fog."}\n'))) == 1
 
-    def test_that_come_too_slowly_are_ended(self, model_store: Path, tmp_path: Path) -> None:
-        with serving(model_store, tmp_path, receive_seconds="1") as it, self.connect(it) as client:
+    def test_a_slow_upload_times_out(self, model_store: Path, tmp_path: Path) -> None:
+        with (
+            serving(model_store, tmp_path, receive_seconds="1") as running,
+            self.connect(running) as client,
+        ):
             client.sendall(self.HEAD % 10_000_000 + b"text\n")
             answer = client.recv(65536)
             assert answer.startswith(b"HTTP/1.1 408 ")
             assert b"request_timeout" in answer
             assert not any((tmp_path / "state" / "jobs").glob(".*/"))
 
-    def test_larger_than_other_bodies_are_taken_and_memory_does_not_grow_with_them(
-        self, running: Server
-    ) -> None:
+    def test_large_uploads_are_accepted_in_little_memory(self, running: Server) -> None:
         frontends = [c for c in running.children if "service.frontend" in " ".join(c.cmdline())]
         before = sum(frontend.memory_info().rss for frontend in frontends)
         row = json.dumps({"text": "x" * 999_000}).encode() + b"\n"
-        job = submitted(running, row * 200)
+        job = submit(running, row * 200)
         assert sum(frontend.memory_info().rss for frontend in frontends) - before < 50 * 2**20
-        rows = finished(running, job)
+        rows = result_of(running, job)
         assert len(rows) == 200
         assert all("characters" in row["error"] for row in rows)
 
 
-def test_the_command_line_submits_follows_and_fetches(
+def test_the_command_line_submits_follows_and_downloads(
     running: Server, tmp_path: Path, command: CommandLine
 ) -> None:
     address = ("--address", running.url)

@@ -1,4 +1,4 @@
-"""A key's limits hold for the whole server, whichever frontends its connections go to."""
+"""The limits of a key hold over all frontends of a server."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ pytestmark = pytest.mark.timeout(300)
 FRONTENDS = 4
 RATE = 100
 BURST = 50
-MOST = 6
+MAX_REQUESTS = 6
 TEXT = sentences("animals")[0]
 PATIENCE = 30
 BUSY = b"POST /classify HTTP/1.1\r\nHost: x\r\nX-API-Key: many\r\nContent-Length: 9\r\n\r\n"
-"""A request whose body does not come: it stays under way."""
+"""The head of a request whose body is never sent, so the request stays open."""
 
 
 @pytest.fixture
@@ -38,41 +38,41 @@ def running(model_store: Path, tmp_path: Path) -> Iterator[Server]:
     keys = tmp_path / "keys.toml"
     keys.write_text(
         f'web = {{ sha256 = "{digest(b"often")}", texts_per_second = {RATE}, burst = {BURST} }}\n'
-        f'app = {{ sha256 = "{digest(b"many")}", max_requests = {MOST} }}\n'
+        f'app = {{ sha256 = "{digest(b"many")}", max_requests = {MAX_REQUESTS} }}\n'
     )
     options = {
         "default_model": TOPICS, "models": TOPICS, "fronts": str(FRONTENDS),
         "keys_file": str(keys), "hang_seconds": "60",
     }  # fmt: skip
-    with server(model_store, tmp_path, engines=1, **options) as it:
-        wait_until(lambda: all_serve(it), "all frontends")
-        yield it
+    with server(model_store, tmp_path, engines=1, **options) as running:
+        wait_until(lambda: all_serve(running), "all frontends")
+        yield running
 
 
 def frontends(running: Server) -> list[psutil.Process]:
     """Return the processes of the frontends that have not been killed."""
     found = []
     for child in running.children:
-        with suppress(psutil.NoSuchProcess):  # a zombie is one, too
+        with suppress(psutil.NoSuchProcess):  # raised for zombies, too
             if "service.frontend" in child.cmdline():
                 found.append(child)
     return found
 
 
 def all_serve(running: Server) -> bool:
-    """Say whether all frontends are there and connected to the hub."""
+    """Return whether all frontends run and are connected to the hub."""
     if len(frontends(running)) < FRONTENDS:
         return False
-    # 503 while the hub was stopped a moment ago.
+    # 503 shortly after the hub was stopped.
     shown = httpx.get(f"{running.url}/metrics", timeout=PATIENCE)
     return shown.status_code == 200 and Exposition(shown.text).total("fronts") == FRONTENDS
 
 
 async def ask_for(running: Server, seconds: float) -> tuple[Counter[int], float]:
-    """Ask with the key `often` over many connections, as fast as answers come.
+    """Send requests with the key `often` over many connections, as fast as possible.
 
     Returns:
-        How many answers of each status came, and the seconds until the last one.
+        The number of answers by status, and the seconds until the last one.
     """
     statuses: Counter[int] = Counter()
     async with httpx.AsyncClient(base_url=running.url, timeout=PATIENCE) as client:
@@ -89,21 +89,21 @@ async def ask_for(running: Server, seconds: float) -> tuple[Counter[int], float]
     return statuses, time.monotonic() - started
 
 
-def test_a_rate_holds_over_all_frontends_and_after_one_was_killed(running: Server) -> None:
+def test_the_rate_holds_over_all_frontends_and_after_one_was_killed(running: Server) -> None:
     seconds = 3.0
     statuses, took = asyncio.run(ask_for(running, seconds))
     assert set(statuses) == {200, 429}
     assert 0.95 * (BURST + RATE * seconds) <= statuses[200] <= BURST + RATE * took + FRONTENDS
     frontends(running)[0].kill()
     wait_until(lambda: all_serve(running), "another frontend")
-    # The bucket was full again at the most.
+    # At most, the bucket was full again.
     statuses, took = asyncio.run(ask_for(running, seconds))
     assert 0.95 * RATE * seconds <= statuses[200] <= BURST + RATE * took + FRONTENDS
 
 
 @contextmanager
-def under_way(running: Server, count: int) -> Iterator[dict[int, int]]:
-    """Hold requests of the key `many`; yield how many each frontend has, by process id."""
+def held_requests(running: Server, count: int) -> Iterator[dict[int, int]]:
+    """Hold requests of the key `many` open; yield their number by the frontend's process id."""
     port = httpx.URL(running.url).port
     with ExitStack() as stack:
         held = set()
@@ -127,12 +127,12 @@ def under_way(running: Server, count: int) -> Iterator[dict[int, int]]:
 
 
 def admitted(running: Server) -> int:
-    """Count the requests of the key `many` that are admitted beside those under way."""
+    """Count the requests of the key `many` that are admitted in addition to open ones."""
     port = httpx.URL(running.url).port
     count = 0
     with ExitStack() as stack:
-        # Over connections of their own, which go to any frontend.
-        for _ in range(3 * MOST):
+        # Each over a new connection, which any frontend may accept.
+        for _ in range(3 * MAX_REQUESTS):
             one = stack.enter_context(socket.create_connection(("127.0.0.1", port or 0), PATIENCE))
             one.settimeout(0.5)
             one.sendall(BUSY)
@@ -144,7 +144,7 @@ def admitted(running: Server) -> int:
 
 
 def free(running: Server) -> int:
-    """Return how many requests may still begin; what was admitted before has to end first."""
+    """Return the number of requests that may still begin, after earlier ones have ended."""
     counts: list[int] = []
 
     def settled() -> bool:
@@ -155,19 +155,21 @@ def free(running: Server) -> int:
     return counts[-1]
 
 
-def test_requests_under_way_count_over_all_frontends_without_the_hub_and_after_kills(
+def test_open_requests_count_over_all_frontends_without_hub_and_after_kills(
     running: Server,
 ) -> None:
-    with under_way(running, MOST) as holders:
+    with held_requests(running, MAX_REQUESTS) as holders:
         assert free(running) == 0
         running.process.send_signal(signal.SIGSTOP)
         try:
             assert free(running) == 0
             victim, lost = next(iter(holders.items()))
             psutil.Process(victim).kill()
-            wait_until(lambda: free(running) == lost, "what the killed frontend held")
+            wait_until(
+                lambda: free(running) == lost, "the requests of the killed frontend to be released"
+            )
         finally:
             running.process.send_signal(signal.SIGCONT)
         wait_until(lambda: all_serve(running), "another frontend")
         assert free(running) == lost
-    wait_until(lambda: free(running) == MOST, "the end of all")
+    wait_until(lambda: free(running) == MAX_REQUESTS, "the end of all")

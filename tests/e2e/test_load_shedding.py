@@ -1,4 +1,4 @@
-"""What a full server refuses unread, over real connections."""
+"""A full server refuses requests without reading their bodies."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def running(model_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         "max_batch_items": str(MANY),
         "timeout_ms": "120000",
     }
-    with server(model_store, tmp_path_factory.mktemp("full"), engines=1, **options) as it:
-        yield it
+    with server(model_store, tmp_path_factory.mktemp("full"), engines=1, **options) as running:
+        yield running
 
 
 def post(running: Server, path: str = "/classify", **body: Any) -> httpx.Response:
@@ -42,7 +42,7 @@ def post(running: Server, path: str = "/classify", **body: Any) -> httpx.Respons
 
 
 def read_answer(it: socket.socket) -> tuple[int, dict[str, str], dict[str, Any]]:
-    """Read one answer of a connection that stays open."""
+    """Read one answer from a connection that stays open."""
     received = b""
     while b"\r\n\r\n" not in received:
         received += it.recv(65536)
@@ -56,7 +56,7 @@ def read_answer(it: socket.socket) -> tuple[int, dict[str, str], dict[str, Any]]
 
 @contextmanager
 def filled(running: Server) -> Iterator[list[httpx.Response]]:
-    """Keep a server full with one large request after another; yield their answers."""
+    """Keep a server full with large requests; yield their answers."""
     answers: list[httpx.Response] = []
     done = threading.Event()
 
@@ -89,14 +89,14 @@ def head(path: str) -> bytes:
 
 
 def refused_unread(running: Server, path: str) -> tuple[int, dict[str, str], dict[str, Any]] | None:
-    """Send a head and no body; return what comes all the same, after which all else works on."""
-    post(running, input=[TEXT] * 4)  # if there is no room, the server learns it from this one
+    """Send only the head of a request, and return an early refusal; then send the rest."""
+    post(running, input=[TEXT] * 4)  # if this is refused, the server sheds the next ones
     with connected(running) as it:
         it.sendall(head(path))
         it.settimeout(0.5)
         try:
             answer = read_answer(it)
-        except TimeoutError:  # it is to be read, and the body is awaited
+        except TimeoutError:  # the server waits for the body
             return None
         it.settimeout(PATIENCE)
         it.sendall(SMALL + b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -104,29 +104,29 @@ def refused_unread(running: Server, path: str) -> tuple[int, dict[str, str], dic
     return answer
 
 
-def test_what_would_be_refused_is_refused_unread(running: Server) -> None:
+def test_a_full_server_refuses_requests_by_their_heads(running: Server) -> None:
     before = running.scrape()
-    told: dict[str, tuple[int, dict[str, str], dict[str, Any]]] = {}
+    refusals: dict[str, tuple[int, dict[str, str], dict[str, Any]]] = {}
 
-    def turned_away(path: str) -> bool:
+    def is_refused(path: str) -> bool:
         answer = refused_unread(running, path)
         if answer is not None:
-            told[path] = answer
+            refusals[path] = answer
         return answer is not None
 
     with filled(running) as answers:
         for path in ("/classify", "/predict"):
-            wait_until(lambda path=path: turned_away(path), f"a refusal at {path}")  # type: ignore[misc]
-    for path, (status, headers, _) in told.items():
+            wait_until(lambda path=path: is_refused(path), f"a refusal at {path}")  # type: ignore[misc]
+    for path, (status, headers, _) in refusals.items():
         assert status == 429, path
         assert int(headers["retry-after"]) >= 1
         assert headers["x-request-id"] == "mine"
         assert headers["x-content-type-options"] == "nosniff"
-    assert told["/classify"][2]["error"]["code"] == "queue_full"
-    assert told["/predict"][2]["error_type"] == "overloaded"
+    assert refusals["/classify"][2]["error"]["code"] == "queue_full"
+    assert refusals["/predict"][2]["error_type"] == "overloaded"
     assert {answer.status_code for answer in answers} <= {200, 429}
     assert post(running, input=[TEXT] * 4).status_code == 200
     after = running.scrape()
-    for route in told:
+    for route in refusals:
         assert after.minus(before, "requests_total", route=route, outcome="rejected") >= 1
-    assert after.minus(before, "rejected_total", reason="queue_full") >= len(told)
+    assert after.minus(before, "rejected_total", reason="queue_full") >= len(refusals)

@@ -1,4 +1,4 @@
-"""An engine whose device computes nothing any more, among real processes."""
+"""An engine whose device fails is replaced, and its requests are answered correctly."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ pytestmark = pytest.mark.timeout(300)
 
 TEXTS = [text for text, _ in labelled_sentences()]
 BODIES: list[dict[str, Any]] = [
-    {"input": TEXTS[place % len(TEXTS)], "heads": HEADS} for place in range(192)
+    {"input": TEXTS[i % len(TEXTS)], "heads": HEADS} for i in range(192)
 ]
 
 
-def test_it_is_replaced_and_no_text_is_answered_wrong(model_store: Path, tmp_path: Path) -> None:
+def test_an_engine_with_a_lost_device_is_replaced_without_wrong_answers(
+    model_store: Path, tmp_path: Path
+) -> None:
     with server(
         model_store,
         tmp_path,
@@ -42,8 +44,8 @@ def test_it_is_replaced_and_no_text_is_answered_wrong(model_store: Path, tmp_pat
         expected = asyncio.run(send_all(running.url, BODIES, at_once=16))
     assert {response.status_code for response in responses} == {200}
     for response, other in zip(responses, expected, strict=True):
-        (item,), (right,) = response.json()["data"], other.json()["data"]
-        assert item["probs"] == pytest.approx(right["probs"], rel=1e-4)
+        (item,), (expected_item,) = response.json()["data"], other.json()["data"]
+        assert item["probs"] == pytest.approx(expected_item["probs"], rel=1e-4)
     assert len(before.items() & after.items()) == 1
     lines = [json.loads(line) for line in running.log.read_text().splitlines()]
     (lost,) = [line for line in lines if line["event"] == "device lost, engine stopped"]

@@ -1,4 +1,4 @@
-"""The shipped model in the paper's own form, served: f_o and g_d decide in every layer."""
+"""The shipped model of the paper's architecture, served: f_o and g_d decide in every layer."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ SENTENCES = {
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("paper")
-    with server(STORE, folder, engines=1, models=NAME, default_model=NAME) as it:
-        yield it
+    with server(STORE, folder, engines=1, models=NAME, default_model=NAME) as running:
+        yield running
 
 
 def ask(running: Server, **fields: Any) -> list[dict[str, Any]]:
@@ -37,11 +37,11 @@ def ask(running: Server, **fields: Any) -> list[dict[str, Any]]:
     return list(response.json()["data"])
 
 
-def test_it_knows_plain_sentences(running: Server) -> None:
+def test_plain_sentences_are_classified_correctly(running: Server) -> None:
     assert [item["label"] for item in ask(running)] == list(SENTENCES)
 
 
-def test_f_o_gives_each_layer_of_each_text_a_number_of_heads(running: Server) -> None:
+def test_f_o_decides_the_number_of_heads_by_layer_and_text(running: Server) -> None:
     plans = [item["heads"]["per_layer"] for item in ask(running)]
     counts = [tuple(map(len, plan)) for plan in plans]
     assert all(len(plan) == LAYERS and min(plan) >= 1 for plan in counts)
@@ -49,7 +49,7 @@ def test_f_o_gives_each_layer_of_each_text_a_number_of_heads(running: Server) ->
     assert len(set(counts)) > 1  # and so do texts
 
 
-def test_g_d_chooses_other_heads_for_other_texts(running: Server) -> None:
+def test_g_d_selects_different_heads_for_different_texts(running: Server) -> None:
     plans = [item["heads"]["per_layer"] for item in ask(running)]
     chosen = {
         (layer, len(plan[layer]), tuple(plan[layer])) for plan in plans for layer in range(LAYERS)
@@ -60,13 +60,13 @@ def test_g_d_chooses_other_heads_for_other_texts(running: Server) -> None:
 
 def test_multiply_adds_follow_the_heads(running: Server) -> None:
     decided, full = ask(running), ask(running, heads=HEADS)
-    for own, all_heads in zip(decided, full, strict=True):
-        assert own["heads"]["used"] == sum(map(len, own["heads"]["per_layer"]))
-        assert own["heads"]["used"] < all_heads["heads"]["used"] == LAYERS * HEADS
-        assert own["macs"] < all_heads["macs"]
-        assert own["heads"]["predicted"] is None  # no step is known before the pass
+    for item, all_heads in zip(decided, full, strict=True):
+        assert item["heads"]["used"] == sum(map(len, item["heads"]["per_layer"]))
+        assert item["heads"]["used"] < all_heads["heads"]["used"] == LAYERS * HEADS
+        assert item["macs"] < all_heads["macs"]
+        assert item["heads"]["predicted"] is None  # no step is decided before the pass
 
 
-def test_its_card_has_its_levels(running: Server) -> None:
+def test_the_card_has_the_quality_levels(running: Server) -> None:
     card = httpx.get(f"{running.url}/models/{NAME}").json()
     assert set(card["quality_levels"]) == {"fast", "balanced", "best"}

@@ -37,7 +37,7 @@ document.addEventListener("securitypolicyviolation", event =>
 
 @dataclass
 class Visit:
-    """A page, and all that a browser complained of."""
+    """An open page, and the errors that the browser reported."""
 
     page: Page
     url: str
@@ -52,29 +52,29 @@ class Visit:
         return self.page.locator(f"#quality-{letter.lower()}")
 
     def type(self, text: str) -> None:
-        """Have a text classified, at every stop."""
+        """Enter a text, and wait for the answers at every stop of the slider."""
         self.page.fill("#text", text)
         self.page.press("#text", "Control+Enter")
         self.settled()
 
     def opened(self, url: str) -> None:
-        """Go there, and wait for the first answers."""
+        """Go to a URL, and wait for the first answers."""
         self.page.goto(url)
         self.settled()
 
     def settled(self) -> None:
-        """Wait until every stop has its answer."""
+        """Wait until every stop of the slider has its answer."""
         expect(self.page.locator("#ticks span")).not_to_have_count(0)
         stops = self.page.locator("#ticks span").count()
         answered = self.page.locator("#columns .says:not(:empty)")
         expect(answered).to_have_count(stops, timeout=60_000)
 
-    def took_back(self, expected: str) -> None:
-        """Forget the complaints about what a test brought about."""
+    def forget_complaints(self, expected: str) -> None:
+        """Remove the errors that a test has caused."""
         self.complaints = [said for said in self.complaints if not re.search(expected, said)]
 
     def lit(self, letter: str) -> list[list[int]]:
-        """Return the heads that are lit, by layer."""
+        """Return the highlighted heads by layer."""
         dots = (
             self.card(letter)
             .locator(".grid i")
@@ -89,7 +89,7 @@ class Visit:
         return self.card(letter).locator(f"[data-part={name}]").inner_text()
 
     def table(self) -> list[list[str]]:
-        """Return the rows of the table that says the same as the columns."""
+        """Open the table, and return its rows."""
         self.page.locator("summary", has_text="as a table").click()
         return [
             row.locator("th, td").all_inner_texts()
@@ -97,7 +97,7 @@ class Visit:
         ]
 
     def ask(self, **body: Any) -> dict[str, Any]:
-        """Ask the server what the page should show."""
+        """Return the server's answer, which the page should show."""
         answer = httpx.post(f"{self.url}/classify", json={"return_heads": True} | body, timeout=30)
         assert answer.status_code == 200
         return dict(answer.json()["data"][0])
@@ -117,7 +117,7 @@ def browser() -> Iterator[Browser]:
 
 @contextmanager
 def visiting(browser: Browser, url: str, **options: Any) -> Iterator[Open]:
-    """Open pages of a server; in the end, none may have had anything to complain of."""
+    """Open pages of a server, and check at the end that the browser reported no error."""
     visits: list[Visit] = []
 
     def visit(size: tuple[int, int] = WIDE, wait: bool = True, **context: Any) -> Visit:
@@ -147,11 +147,11 @@ def visiting(browser: Browser, url: str, **options: Any) -> Iterator[Open]:
 
 @pytest.fixture
 def visit(browser: Browser, running: Server) -> Iterator[Open]:
-    with visiting(browser, running.url) as it:
-        yield it
+    with visiting(browser, running.url) as visit:
+        yield visit
 
 
-def test_it_shows_what_the_server_answers(visit: Open) -> None:
+def test_the_page_shows_the_servers_answer(visit: Open) -> None:
     page = visit()
     page.type(TEXT)
     answer = page.ask(input=TEXT, quality="balanced")
@@ -166,7 +166,7 @@ def test_it_shows_what_the_server_answers(visit: Open) -> None:
     assert str(answer["tokens"]) in figures
 
 
-def test_it_shows_the_time_of_each_stage(visit: Open) -> None:
+def test_the_page_shows_the_time_of_each_stage(visit: Open) -> None:
     page = visit()
     assert page.card("A").locator(".stages li span:first-child").all_inner_texts() == [
         "tokenize", "budget", "queue", "compute", "other",
@@ -175,7 +175,7 @@ def test_it_shows_the_time_of_each_stage(visit: Open) -> None:
         assert re.fullmatch(r"[\d.]+ m?s", duration)
 
 
-def test_typing_is_enough(visit: Open) -> None:
+def test_typing_updates_the_answer(visit: Open) -> None:
     page = visit()
     others = {TEXT: "music", sentences("weather")[0]: "weather"}
     assert [page.ask(input=text)["label"] for text in others] == list(others.values())
@@ -186,7 +186,7 @@ def test_typing_is_enough(visit: Open) -> None:
         expect(page.page.get_by_role("status")).to_contain_text(label)
 
 
-def test_the_slider_leads_from_fast_to_every_head_by_keyboard(visit: Open) -> None:
+def test_the_slider_can_be_moved_by_keyboard(visit: Open) -> None:
     page = visit()
     page.type(TEXT)
     slider = page.slider("A")
@@ -204,7 +204,7 @@ def test_the_slider_leads_from_fast_to_every_head_by_keyboard(visit: Open) -> No
     assert page.shown("A", "quality") == page.table()[1][0]
 
 
-def test_the_trade_is_that_of_the_same_text_at_every_stop(visit: Open) -> None:
+def test_the_table_shows_the_answer_at_every_stop(visit: Open) -> None:
     page = visit()
     page.type(TEXT)
     rows = page.table()
@@ -221,7 +221,7 @@ def test_the_trade_is_that_of_the_same_text_at_every_stop(visit: Open) -> None:
         assert row[5] in (f"{100 * share:.1f} %", "< 0.1 %")
 
 
-def test_two_qualities_stand_side_by_side(visit: Open) -> None:
+def test_two_qualities_can_be_compared(visit: Open) -> None:
     page = visit()
     page.type(TEXT)
     page.page.get_by_role("button", name="Compare two").click()
@@ -238,7 +238,7 @@ def test_two_qualities_stand_side_by_side(visit: Open) -> None:
     expect(page.page.locator("#versus")).to_be_hidden()
 
 
-def test_another_model_has_its_own_answers(visit: Open) -> None:
+def test_another_model_can_be_selected(visit: Open) -> None:
     page = visit()
     page.type(TEXT)
     page.page.select_option("#model", "tags")
@@ -252,7 +252,7 @@ def test_another_model_has_its_own_answers(visit: Open) -> None:
     ]
 
 
-def test_a_chain_shows_the_steps_that_a_text_took(visit: Open) -> None:
+def test_a_chain_shows_the_steps_of_a_text(visit: Open) -> None:
     page = visit()
     expect(page.page.locator("#chain")).to_be_empty()
     expect(page.page.locator("#measure")).to_contain_text("Accuracy is the share of")
@@ -289,7 +289,7 @@ def test_a_chain_shows_the_steps_that_a_text_took(visit: Open) -> None:
     assert _axe(page) == []
 
 
-def test_a_model_without_calibration_has_its_steps(
+def test_a_model_without_calibration_offers_its_steps(
     browser: Browser, model_store: Path, tmp_path: Path
 ) -> None:
     store = tmp_path / "store"
@@ -306,7 +306,7 @@ def test_a_model_without_calibration_has_its_steps(
         assert [len(layer) for layer in page.lit("A")] == [1] * LAYERS
 
 
-def test_the_strip_shows_what_others_asked(visit: Open) -> None:
+def test_the_live_strip_shows_the_traffic_of_others(visit: Open) -> None:
     page = visit()
     many = sentences("animals") * 30
     assert httpx.post(f"{page.url}/classify", json={"input": many}, timeout=60).is_success
@@ -324,7 +324,7 @@ def test_the_strip_shows_what_others_asked(visit: Open) -> None:
     )
 
 
-def test_a_file_is_sent_followed_and_its_result_downloaded(
+def test_a_file_can_be_submitted_followed_and_downloaded(
     browser: Browser, model_store: Path, tmp_path: Path
 ) -> None:
     rows = [f"{text} {i}" for i, (text, _) in enumerate(labelled_sentences() * 20)]
@@ -359,18 +359,18 @@ def test_a_file_is_sent_followed_and_its_result_downloaded(
         expect(state).to_contain_text("Failed: input.jsonl, row 1", timeout=60_000)
 
 
-def test_what_the_server_refuses_is_said(visit: Open) -> None:
+def test_refusals_of_the_server_are_shown(visit: Open) -> None:
     page = visit()
     page.page.fill("#text", "x" * 100_001)
     problem = page.page.locator("#problem")
     expect(problem.get_by_role("alert")).to_contain_text("100001 characters, at most 100000 are")
     expect(problem).to_contain_text("field input[0]")
-    page.took_back("422")
+    page.forget_complaints("422")
     page.type(TEXT)
     expect(problem).to_be_hidden()
 
 
-def test_it_waits_for_engines_and_says_when_the_server_is_gone(
+def test_the_page_retries_and_reports_an_unreachable_server(
     browser: Browser, model_store: Path, tmp_path: Path
 ) -> None:
     with visiting(browser, "http://127.0.0.1") as visit:
@@ -380,7 +380,7 @@ def test_it_waits_for_engines_and_says_when_the_server_is_gone(
             page.opened(own.url)
             supervisor = psutil.Process(own.process.pid)
             engines = own.engines()
-            supervisor.suspend()  # so that it brings no engine back
+            supervisor.suspend()  # so that it does not restart engines
             for pid in engines.values():
                 psutil.Process(pid).kill()
             wait_until(lambda: not own.ready(), "the loss of readiness")
@@ -392,11 +392,11 @@ def test_it_waits_for_engines_and_says_when_the_server_is_gone(
             expect(problem).to_be_hidden()
         page.page.fill("#text", TEXT + "!")
         expect(problem).to_contain_text("The server cannot be reached")
-        page.took_back("503|ERR_CONNECTION_REFUSED")
+        page.forget_complaints("503|ERR_CONNECTION_REFUSED")
 
 
-def test_where_a_key_is_asked_for_there_is_a_field_for_it(visit: Open) -> None:
-    """The key is asked for by a gate before the server, as a proxy would."""
+def test_a_field_for_the_key_appears_if_one_is_required(visit: Open) -> None:
+    """A gate in front of the server requires the key, like a proxy."""
     page = visit(wait=False)
 
     def gate(route: Route) -> None:
@@ -416,10 +416,10 @@ def test_where_a_key_is_asked_for_there_is_a_field_for_it(visit: Open) -> None:
     expect(page.page.locator("#problem")).to_be_hidden()
     kept = "JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie])"
     assert "sesame" not in page.page.evaluate(kept)
-    page.took_back("401")
+    page.forget_complaints("401")
 
 
-def test_every_control_is_reached_by_keyboard(visit: Open) -> None:
+def test_every_control_can_be_reached_by_keyboard(visit: Open) -> None:
     page = visit()
     keyboard = page.page.keyboard
     name = "document.activeElement.id || document.activeElement.textContent.trim()"
@@ -440,7 +440,7 @@ def test_every_control_is_reached_by_keyboard(visit: Open) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", [WIDE, PHONE], ids=["wide", "phone"])
-def test_axe_finds_nothing(visit: Open, scheme: str, size: tuple[int, int]) -> None:
+def test_axe_finds_no_violation(visit: Open, scheme: str, size: tuple[int, int]) -> None:
     page = visit(size, color_scheme=scheme, reduced_motion="reduce")
     page.type(TEXT)
     assert _axe(page) == []
@@ -450,7 +450,7 @@ def test_axe_finds_nothing(visit: Open, scheme: str, size: tuple[int, int]) -> N
     assert _axe(page) == []
     page.page.fill("#text", "x" * 100_001)
     expect(page.page.locator("#problem")).to_be_visible()
-    page.took_back("422")
+    page.forget_complaints("422")
     assert _axe(page) == []
 
 
@@ -465,7 +465,7 @@ def _axe(page: Visit) -> list[str]:
     ]
 
 
-def test_it_is_dark_where_dark_is_preferred(visit: Open) -> None:
+def test_the_page_follows_the_preferred_color_scheme(visit: Open) -> None:
     brightness = {}
     for scheme in ("light", "dark"):
         page = visit(color_scheme=scheme).page
@@ -476,14 +476,14 @@ def test_it_is_dark_where_dark_is_preferred(visit: Open) -> None:
 
 
 @pytest.mark.parametrize("width", [320, 390, 768])
-def test_nothing_is_wider_than_the_screen(visit: Open, width: int) -> None:
+def test_the_page_fits_small_screens(visit: Open, width: int) -> None:
     page = visit((width, 740))
     page.page.get_by_role("button", name="Compare two").click()
     page.table()
     assert page.page.evaluate("document.documentElement.scrollWidth") <= width
 
 
-def test_nothing_moves_where_motion_is_unwelcome(visit: Open) -> None:
+def test_the_page_has_no_transitions_with_reduced_motion(visit: Open) -> None:
     page = visit(reduced_motion="reduce")
     moving = page.page.locator("body *").evaluate_all(
         "all => all.filter(it => getComputedStyle(it).transitionDuration !== '0s').length"

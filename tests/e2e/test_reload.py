@@ -1,4 +1,4 @@
-"""Settings of a real server that change while it is asked."""
+"""Settings and certificates of a real server are reloaded under load."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def file(tmp_path: Path) -> Path:
 @pytest.fixture
 def running(model_store: Path, tmp_path: Path, file: Path) -> Iterator[Server]:
     options = {"models": TOPICS, "fronts": str(FRONTENDS), "config": str(file)}
-    with server(model_store, tmp_path, engines=1, **options) as it:
-        wait_until(lambda: all_serve(it), "all frontends")
-        yield it
+    with server(model_store, tmp_path, engines=1, **options) as running:
+        wait_until(lambda: all_serve(running), "all frontends")
+        yield running
 
 
 def all_serve(running: Server) -> bool:
@@ -58,7 +58,7 @@ def lines(running: Server) -> list[dict[str, Any]]:
 
 
 def qualities(running: Server) -> set[str]:
-    """Return the levels of requests that name none, over connections of their own."""
+    """Return the levels at which requests without a quality are answered, over new connections."""
     answers = [
         httpx.post(f"{running.url}/classify", json={"input": TEXT}, timeout=30) for _ in range(12)
     ]
@@ -66,8 +66,8 @@ def qualities(running: Server) -> set[str]:
 
 
 @contextmanager
-def asked(running: Server) -> Iterator[Callable[[], Counter[int]]]:
-    """Ask without a pause for as long as this block; yield a count of the answers' statuses."""
+def load(running: Server) -> Iterator[Callable[[], Counter[int]]]:
+    """Send requests until the block ends; yield a function that counts the answers by status."""
     statuses: Counter[int] = Counter()
     stop = Event()
 
@@ -79,17 +79,17 @@ def asked(running: Server) -> Iterator[Callable[[], Counter[int]]]:
                 ] += 1
 
     with ThreadPoolExecutor(4) as pool:
-        asking = [pool.submit(ask) for _ in range(4)]
+        callers = [pool.submit(ask) for _ in range(4)]
         try:
             yield lambda: statuses
         finally:
             stop.set()
-        for one in asking:
-            one.result()
+        for caller in callers:
+            caller.result()
 
 
 def test_settings_change_under_load_without_a_failed_request(running: Server, file: Path) -> None:
-    with asked(running) as statuses:
+    with load(running) as statuses:
         wait_until(lambda: statuses().total() > 50, "answers")
         assert qualities(running) == {"balanced"}
         assert not [line for line in lines(running) if line["event"] == "request"]
@@ -106,9 +106,7 @@ def test_settings_change_under_load_without_a_failed_request(running: Server, fi
     assert written
 
 
-def test_a_frontend_that_is_killed_comes_back_with_the_new_settings(
-    running: Server, file: Path
-) -> None:
+def test_a_restarted_frontend_has_the_new_settings(running: Server, file: Path) -> None:
     file.write_text(FIRST.replace("balanced", "fast"))
     running.process.send_signal(signal.SIGHUP)
     wait_until(lambda: qualities(running) == {"fast"}, "the change")
@@ -127,7 +125,7 @@ def test_a_table_of_the_file_changes_one_model(running: Server, file: Path) -> N
     assert line["level"] == "warning"
 
 
-def test_what_is_wrong_changes_nothing_and_what_may_not_change_is_named(
+def test_invalid_settings_change_nothing_and_fixed_ones_are_named(
     running: Server, file: Path
 ) -> None:
     for wrong in ('quality = "fst"', "quallity = 1", "quality = ", "access_log = 2"):
@@ -177,7 +175,7 @@ def test_new_connections_get_new_certificates(model_store: Path, tmp_path: Path)
             assert before.post("/settings/reload").status_code == 422
             shutil.copytree(second, used, dirs_exist_ok=True)
             assert before.post("/settings/reload").json()["waiting_for"] == []
-            assert before.get("/health/live").status_code == 200, "this connection stays"
+            assert before.get("/health/live").status_code == 200, "open connections stay"
             with client(second) as after:
                 assert after.get("/health/live").status_code == 200
             with client(first) as late, pytest.raises(httpx.ConnectError):

@@ -1,4 +1,4 @@
-"""A roll-out on a real server that is killed, and one that the settings end."""
+"""A roll-out on a real server continues after a kill and is ended by the settings."""
 
 from __future__ import annotations
 
@@ -22,23 +22,25 @@ FRONTENDS = 2
 
 
 def versions(running: Server, count: int = 60) -> Counter[str]:
-    """Count the versions that answer, over connections that both frontends take."""
+    """Count the versions that answer, over new connections to both frontends."""
     seen: Counter[str] = Counter()
-    for at in range(count):
-        headers = {"X-Request-Id": f"request-{at}"}
+    for i in range(count):
+        headers = {"X-Request-Id": f"request-{i}"}
         answer = httpx.post(f"{running.url}/classify", json={"input": TEXT}, headers=headers)
         seen[answer.raise_for_status().json()["model"]] += 1
     return seen
 
 
 def rollout(running: Server, **body: Any) -> dict[str, Any]:
-    """Begin or change a roll-out, or show it."""
+    """Begin or change a roll-out, or show it if there are no arguments."""
     url = f"{running.url}/models/{TOPICS}/rollout"
-    asked = httpx.request("POST" if body else "GET", url, json=body, headers=ADMIN, timeout=60)
-    return dict(asked.raise_for_status().json())
+    answer = httpx.request("POST" if body else "GET", url, json=body, headers=ADMIN, timeout=60)
+    return dict(answer.raise_for_status().json())
 
 
-def test_it_survives_kill_9_and_ends_as_the_settings_say(model_store: Path, tmp_path: Path) -> None:
+def test_a_roll_out_continues_after_a_kill_and_ends_by_settings(
+    model_store: Path, tmp_path: Path
+) -> None:
     file = tmp_path / "budgetformer.toml"
     first = f'admin_key = "{ADMIN_KEY}"\n[models.{TOPICS}]\nversion = 1\n'
     file.write_text(first)

@@ -1,4 +1,4 @@
-"""`budgetformer serve`, asked from outside."""
+"""`budgetformer serve`: metrics, health, killed and hung processes, shutdown, failed starts."""
 
 from __future__ import annotations
 
@@ -41,8 +41,10 @@ TEXT = sentences("animals")[0]
 def running(model_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Return a server with two engines."""
     folder = tmp_path_factory.mktemp("served")
-    with server(model_store, folder, engines=2, default_model="topics", log_level="debug") as it:
-        yield it
+    with server(
+        model_store, folder, engines=2, default_model="topics", log_level="debug"
+    ) as running:
+        yield running
 
 
 async def send_all(url: str, bodies: list[dict[str, Any]], at_once: int) -> list[httpx.Response]:
@@ -51,7 +53,7 @@ async def send_all(url: str, bodies: list[dict[str, Any]], at_once: int) -> list
         return await asyncio.gather(*(client.post("/classify", json=body) for body in bodies))
 
 
-def test_metrics_add_up_to_the_answers_of_many_at_once(running: Server) -> None:
+def test_metrics_add_up_to_concurrent_answers(running: Server) -> None:
     before = running.scrape()
     qualities = ["fast", "balanced", "best", 1.5]
     bodies = [
@@ -92,20 +94,20 @@ def test_metrics_add_up_to_the_answers_of_many_at_once(running: Server) -> None:
     assert grown == len(bodies)
 
 
-def test_both_engines_run_as_processes_of_their_own(running: Server) -> None:
+def test_each_engine_is_a_process(running: Server) -> None:
     engines = running.engines()
     assert set(engines) == {0, 1}
     assert set(engines.values()) <= {child.pid for child in running.children}
     assert running.process.pid not in engines.values()
 
 
-def test_one_line_says_that_it_is_ready(running: Server) -> None:
-    def found() -> list[dict[str, Any]]:
+def test_readiness_is_logged_once(running: Server) -> None:
+    def ready_lines() -> list[dict[str, Any]]:
         lines = [json.loads(line) for line in running.log.read_text().splitlines()]
         return [line for line in lines if line["event"] == "ready"]
 
-    wait_until(lambda: bool(found()), "the line")
-    (ready,) = found()
+    wait_until(lambda: bool(ready_lines()), "the line")
+    (ready,) = ready_lines()
     assert ready["level"] == "info"
     assert ready["url"] == running.address
     assert ready["models"] == httpx.get(f"{running.url}/health").json()["models"]
@@ -119,7 +121,7 @@ def test_health_shows_every_task_of_the_supervisor(running: Server) -> None:
         assert isinstance(found, dict)
         return found
 
-    wait_until(lambda: components()["frontends"]["connected"] == 1, "the hub's word")
+    wait_until(lambda: components()["frontends"]["connected"] == 1, "the report of the frontend")
     shown = components()
     assert {name: one["status"] for name, one in shown.items()} == dict.fromkeys(
         ("hub", "supervisor", "engines", "frontends"), "ok"
@@ -132,7 +134,7 @@ def test_health_shows_every_task_of_the_supervisor(running: Server) -> None:
     assert shown["supervisor"]["tasks"] == dict.fromkeys(own | children, "ok")
 
 
-def test_a_bad_request_over_a_real_connection(running: Server) -> None:
+def test_invalid_requests_get_errors(running: Server) -> None:
     def chunks() -> Iterator[bytes]:
         yield b"[" * 100_000
 
@@ -154,21 +156,21 @@ def test_a_body_of_64_megabytes_is_refused(running: Server) -> None:
         assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
 
 
-def test_the_command_line_can_ask_the_server(
+def test_evaluate_with_a_url_uses_the_server(
     running: Server, model_store: Path, tmp_path: Path, command: CommandLine
 ) -> None:
     data = write_jsonl(tmp_path / "test.jsonl", single_label_rows()[:30])
     arguments = ["evaluate", "--data", data, "--model", "topics", "--model-store", model_store]
-    here = json.loads(command(*arguments, "--json").out)
-    there = json.loads(command(*arguments, "--json", "--url", running.url).out)
-    assert [row["quality"] for row in here] == ["fast", "balanced", "best", "full budget"]
-    for mine, theirs in zip(here, there, strict=True):
-        assert theirs["budgets"] == mine["budgets"]
-        assert theirs["accuracy"] == mine["accuracy"]
-        assert theirs["mean_macs"] == pytest.approx(mine["mean_macs"])
+    local = json.loads(command(*arguments, "--json").out)
+    served = json.loads(command(*arguments, "--json", "--url", running.url).out)
+    assert [row["quality"] for row in local] == ["fast", "balanced", "best", "full budget"]
+    for expected, actual in zip(local, served, strict=True):
+        assert actual["budgets"] == expected["budgets"]
+        assert actual["accuracy"] == expected["accuracy"]
+        assert actual["mean_macs"] == pytest.approx(expected["mean_macs"])
 
 
-def test_a_killed_engine_takes_no_answer_with_it(running: Server) -> None:
+def test_requests_of_a_killed_engine_are_answered_or_refused(running: Server) -> None:
     before = running.scrape()
     victim = running.engines()[0]
     bodies = [{"input": [text for text, _ in ROWS], "heads": 4} for _ in range(40)]
@@ -189,7 +191,7 @@ def test_a_killed_engine_takes_no_answer_with_it(running: Server) -> None:
     assert httpx.post(f"{running.url}/classify", json={"input": TEXT}).status_code == 200
 
 
-def test_with_every_engine_killed_the_answer_is_503_until_one_is_back(running: Server) -> None:
+def test_without_engines_requests_wait_or_get_503(running: Server) -> None:
     for pid in running.engines().values():
         psutil.Process(pid).kill()
     wait_until(lambda: not running.ready(), "the loss of readiness")
@@ -199,16 +201,16 @@ def test_with_every_engine_killed_the_answer_is_503_until_one_is_back(running: S
     assert httpx.post(f"{running.url}/classify", json={"input": TEXT}).status_code == 200
 
 
-def test_the_same_text_gets_the_same_bits_in_every_engine_and_after_a_restart(
+def test_all_engines_give_identical_answers_also_after_restarts(
     running: Server,
 ) -> None:
     bodies = [{"input": TEXT, "heads": heads} for heads in (0, 1, 4)]
 
     def answers() -> list[str]:
         with httpx.Client(base_url=running.url, timeout=60) as client:
-            # Both engines are asked, in turn.
-            given = [client.post("/classify", json=body) for body in bodies for _ in range(2)]
-        return [json.dumps(response.json()["data"]) for response in given]
+            # The two engines answer in turn.
+            responses = [client.post("/classify", json=body) for body in bodies for _ in range(2)]
+        return [json.dumps(response.json()["data"]) for response in responses]
 
     before = answers()
     assert before[::2] == before[1::2]
@@ -219,7 +221,7 @@ def test_the_same_text_gets_the_same_bits_in_every_engine_and_after_a_restart(
     assert answers() == before
 
 
-def test_a_hung_engine_is_replaced_and_what_it_held_is_answered_by_another(
+def test_a_hung_engine_is_replaced_and_its_requests_are_answered(
     model_store: Path, tmp_path: Path
 ) -> None:
     options = {"default_model": "topics", "hang_seconds": "8"}
@@ -229,13 +231,15 @@ def test_a_hung_engine_is_replaced_and_what_it_held_is_answered_by_another(
         bodies = [{"input": TEXT, "heads": 4, "timeout_ms": 60_000}] * 20
         responses = asyncio.run(send_all(running.url, bodies, at_once=20))
         assert [response.status_code for response in responses] == [200] * 20
-        wait_until(lambda: running.engines().get(0) not in (victim, None), "another in its place")
+        wait_until(
+            lambda: running.engines().get(0) not in (victim, None), "another engine in its place"
+        )
         running.wait_ready(engines=2)
         assert "process killed: not responding" in running.log.read_text()
         assert running.scrape().total("engine_restarts_total") == 1
 
 
-def test_an_engine_that_cannot_start_takes_readiness_away_and_says_why(
+def test_an_engine_that_cannot_start_ends_readiness_with_a_reason(
     model_store: Path, tmp_path: Path
 ) -> None:
     tables = tmp_path / "tables.json"
@@ -288,20 +292,20 @@ def test_a_killed_frontend_is_replaced_while_another_answers(
             shown = running.scrape()
             return shown.total("requests_total", route="/classify", outcome="ok") == 4
 
-        wait_until(counted, "what the dead frontend had counted")
+        wait_until(counted, "the counts of the killed frontend")
 
 
 @pytest.fixture
 def short() -> Iterator[Path]:
-    """A folder whose path leaves room for the names of sockets."""
+    """Return a folder with a path short enough for sockets."""
     with tempfile.TemporaryDirectory(prefix="bf-") as folder:
         yield Path(folder)
 
 
-def test_engines_hold_weights_once_and_leave_none_behind(
+def test_engines_share_weights_and_remove_them_at_their_end(
     model_store: Path, tmp_path: Path, short: Path
 ) -> None:
-    def left() -> list[str]:
+    def links() -> list[str]:
         return [path.name for path in short.glob("*/*-float32") if path.is_symlink()]
 
     def mapped(pid: int) -> str:
@@ -313,26 +317,28 @@ def test_engines_hold_weights_once_and_leave_none_behind(
     environment = {"TMPDIR": str(short)}
     with server(model_store, tmp_path, engines=2, environment=environment, **options) as running:
         assert len({mapped(pid) for pid in running.engines().values()}) == 1
-        assert len(left()) == 1
+        assert len(links()) == 1
         running.process.kill()
         running.process.wait()
-        wait_until(lambda: not left(), "the end of the engines")
+        wait_until(lambda: not links(), "the end of the engines")
 
 
-def test_when_the_fork_server_is_killed_engines_come_back(
+def test_engines_are_restarted_after_the_fork_server_was_killed(
     model_store: Path, tmp_path: Path
 ) -> None:
     with server(model_store, tmp_path, engines=2, default_model="topics") as running:
         before = running.engines()
         (victim,) = [child for child in running.children if child.name() == "fork-server"]
         victim.kill()
-        wait_until(lambda: not set(running.engines().values()) & set(before.values()), "their end")
+        wait_until(
+            lambda: not set(running.engines().values()) & set(before.values()), "other engines"
+        )
         running.wait_ready(engines=2)
         assert httpx.post(f"{running.url}/classify", json={"input": TEXT}).status_code == 200
         assert "process down" in running.log.read_text()
 
 
-def test_no_text_is_ever_logged(running: Server) -> None:
+def test_texts_are_not_logged(running: Server) -> None:
     for body in (
         {"input": "xyzzy plugh"},
         {"input": ["xyzzy", 5]},
@@ -351,7 +357,7 @@ def test_every_log_line_is_json(running: Server) -> None:
         assert isinstance(json.loads(line), dict)
 
 
-def test_it_drains_when_asked_to_stop(model_store: Path, tmp_path: Path) -> None:
+def test_running_requests_are_answered_before_a_stop(model_store: Path, tmp_path: Path) -> None:
     texts = [text for text, _ in ROWS] * 8
     body = {"input": texts, "heads": 4, "timeout_ms": 100_000}
     with server(model_store, tmp_path, engines=1, default_model="topics") as running:
@@ -370,12 +376,12 @@ def test_it_drains_when_asked_to_stop(model_store: Path, tmp_path: Path) -> None
 
 
 def _all_begun(running: Server, futures: list[Future[httpx.Response]], items: int) -> bool:
-    """Say whether every request is answered or in flight."""
+    """Return whether every request is answered or in flight."""
     done = sum(future.done() for future in futures)
     return running.in_flight() >= (len(futures) - done) * items
 
 
-def test_when_the_supervisor_is_killed_no_child_stays(model_store: Path, tmp_path: Path) -> None:
+def test_all_children_end_with_a_killed_supervisor(model_store: Path, tmp_path: Path) -> None:
     with server(model_store, tmp_path, engines=1, default_model="topics") as running:
         family = running.children
         assert len(family) >= 2
@@ -392,7 +398,7 @@ def _alive(process: psutil.Process) -> bool:
 
 
 def refused(*arguments: str, code: int = 2) -> str:
-    """Run a server that cannot start, and return the only line that it writes."""
+    """Run a server that cannot start, and return its only line of output."""
     done = subprocess.run(
         [*COMMAND, *arguments], capture_output=True, text=True, timeout=60,
         check=False, env=clean_environment(),
@@ -413,7 +419,7 @@ def test_a_port_in_use_is_one_line(model_store: Path) -> None:
             assert f"127.0.0.1:{port}" in line
 
 
-def test_too_long_a_folder_of_temporary_files_is_one_line(
+def test_a_too_long_path_for_sockets_is_one_line(
     model_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / ("long" * 20)
@@ -429,36 +435,38 @@ def test_a_missing_store_is_one_line(tmp_path: Path) -> None:
     assert f"{missing}: no such folder" in refused("--port=0", f"--model-store={missing}", code=1)
 
 
-def test_a_default_model_that_is_not_in_the_store_is_one_line(model_store: Path) -> None:
+def test_a_missing_default_model_is_one_line(model_store: Path) -> None:
     line = refused("--port=0", f"--model-store={model_store}", "--default-model=nothing", code=1)
     assert "nothing" in line
 
 
-def test_labels_are_those_of_the_training_data(running: Server) -> None:
+def test_the_card_has_the_labels_of_the_training_data(running: Server) -> None:
     response = httpx.get(f"{running.url}/models/topics")
     assert response.json()["labels"] == list(LABELS)
 
 
-def test_a_classifier_is_served_as_it_is(tmp_path: Path) -> None:
-    """From a folder of `save_pretrained`: the pipeline's probabilities, metrics and the page."""
+def test_a_transformers_classifier_can_be_served(tmp_path: Path) -> None:
+    """It is added to the store once, and has the probabilities of the pipeline."""
     folder = save_classifier(tmp_path / "mine", "distilbert")
     store = tmp_path / "store"
     expected = pipeline("text-classification", model=str(folder), top_k=None)([TEXT])[0]
-    with server(store, tmp_path, engines=1, model=str(folder)) as it:
-        answer = httpx.post(f"{it.url}/classify", json={"input": TEXT, "quality": "fast"}).json()
+    with server(store, tmp_path, engines=1, model=str(folder)) as running:
+        answer = httpx.post(
+            f"{running.url}/classify", json={"input": TEXT, "quality": "fast"}
+        ).json()
         (item,) = answer["data"]
         assert answer["model"] == "mine:1"
-        found = {one["label"]: one["score"] for one in item["labels"]}
-        assert found == pytest.approx({o["label"]: o["score"] for o in expected}, abs=1e-4)
+        scores = {label["label"]: label["score"] for label in item["labels"]}
+        assert scores == pytest.approx({o["label"]: o["score"] for o in expected}, abs=1e-4)
         assert item["macs"] == item["dense_macs"]
-        assert it.scrape().total("items_total", model="mine", version="1", budget="1") == 1
-        assert httpx.get(f"{it.url}/models/mine").json()["chain"] == [1]
-        assert httpx.get(it.url).status_code == 200
+        assert running.scrape().total("items_total", model="mine", version="1", budget="1") == 1
+        assert httpx.get(f"{running.url}/models/mine").json()["chain"] == [1]
+        assert httpx.get(running.url).status_code == 200
     with server(store, tmp_path, engines=1, model=str(folder)):
         assert [path.name for path in (store / "mine").iterdir()] == ["1"]
 
 
-def test_what_cannot_be_served_as_it_is_ends_the_start(tmp_path: Path) -> None:
+def test_an_unsupported_model_ends_the_start(tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Traces of a served program, sent to a collector that speaks OTLP over HTTP."""
+"""Traces of a real server, exported to a collector over OTLP/HTTP."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TRACEPARENT = f"00-{TRACE.hex()}-b7ad6b7169203331-01"
 
 
 class Collector:
-    """Keep every span that comes, with the name of the process that it comes from."""
+    """Keeps all received spans with the names of their processes."""
 
     def __init__(self) -> None:
         self.spans: list[tuple[str, Any]] = []
@@ -65,7 +65,7 @@ def collecting() -> Iterator[Collector]:
             serving.join()
 
 
-def test_one_trace_crosses_the_processes_and_nothing_is_lost_at_the_end(
+def test_a_trace_has_the_spans_of_all_processes_until_the_end(
     model_store: Path, tmp_path: Path
 ) -> None:
     with collecting() as collector:
@@ -81,16 +81,16 @@ def test_one_trace_crosses_the_processes_and_nothing_is_lost_at_the_end(
             answer = httpx.post(f"{running.url}/classify", json=body, headers=headers, timeout=30)
             assert answer.status_code == 200
             assert running.terminate() == 0
-        of_it = [(process, span) for process, span in collector.spans if span.trace_id == TRACE]
-        assert {(process, span.name) for process, span in of_it} == {
+        spans = [(process, span) for process, span in collector.spans if span.trace_id == TRACE]
+        assert {(process, span.name) for process, span in spans} == {
             ("frontend-0", "POST /classify"),
             ("frontend-0", "tokenize"),
             ("engine-0", "queue"),
             ("frontend-0", "budget"),
             ("engine-0", "compute"),
         }
-        (request,) = [span for _, span in of_it if span.name == "POST /classify"]
-        assert {span.parent_span_id for _, span in of_it} == {
+        (request,) = [span for _, span in spans if span.name == "POST /classify"]
+        assert {span.parent_span_id for _, span in spans} == {
             request.span_id,
             bytes.fromhex("b7ad6b7169203331"),
         }
@@ -99,12 +99,12 @@ def test_one_trace_crosses_the_processes_and_nothing_is_lost_at_the_end(
         assert b"xyzzy" not in b"".join(span.SerializeToString() for _, span in collector.spans)
 
 
-def test_a_collector_that_is_not_there_changes_no_answer_and_delays_no_end(
+def test_a_missing_collector_affects_neither_answers_nor_shutdown(
     model_store: Path, tmp_path: Path
 ) -> None:
-    nobody = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{free_port()}"}
+    unreachable = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{free_port()}"}
     with server(
-        model_store, tmp_path, engines=1, environment=nobody, default_model="topics"
+        model_store, tmp_path, engines=1, environment=unreachable, default_model="topics"
     ) as running:
         for _ in range(5):
             answer = httpx.post(f"{running.url}/classify", json={"input": "otter"}, timeout=30)
@@ -114,7 +114,7 @@ def test_a_collector_that_is_not_there_changes_no_answer_and_delays_no_end(
     assert time.monotonic() - started < 15
 
 
-def test_an_exporter_that_does_not_exist_is_one_line(model_store: Path) -> None:
+def test_an_unknown_exporter_is_one_line(model_store: Path) -> None:
     done = subprocess.run(
         [*COMMAND, "--port=0", f"--model-store={model_store}"],
         capture_output=True, text=True, timeout=60, check=False,

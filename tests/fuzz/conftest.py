@@ -1,4 +1,4 @@
-"""What the fuzzed tests share."""
+"""Fixtures of the fuzz tests."""
 
 from __future__ import annotations
 
@@ -17,6 +17,6 @@ MEMORY = Path("/dev/shm")
 
 @pytest.fixture(scope="module")
 def scratch() -> Iterator[Path]:
-    """Return a folder in memory, where there is such a thing: a disk takes longer than the test."""
+    """Return a folder, in memory if possible because disks are much slower."""
     with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder:
         yield Path(folder)

@@ -1,4 +1,4 @@
-"""Bodies of every route that reads one: answered, or refused in the route's shape; never a 5xx."""
+"""Mutated bodies are answered, or refused in the error shape of their route, but never with 5xx."""
 
 from __future__ import annotations
 
@@ -50,29 +50,29 @@ SAMPLES: dict[str, dict[str, Any]] = {
 ADMIN = {"X-API-Key": "open-sesame"}
 
 
-class Asked:
-    """A service in this process, asked from outside of its event loop."""
+class SyncService:
+    """A service in this process with a synchronous client."""
 
     def __init__(self, runner: asyncio.Runner, running: Service) -> None:
         self._runner = runner
         self._running = running
 
     def post(self, path: str, body: bytes, headers: dict[str, str] | None = None) -> httpx.Response:
-        asking = self._running.client.post(path, content=body, headers=ADMIN | (headers or {}))
-        return self._runner.run(asking)
+        response = self._running.client.post(path, content=body, headers=ADMIN | (headers or {}))
+        return self._runner.run(response)
 
 
 @pytest.fixture(scope="module")
-def asked(model_store: Path) -> Iterator[Asked]:
+def service_client(model_store: Path) -> Iterator[SyncService]:
     with asyncio.Runner() as runner:
         opened = service(model_store, max_batch_items=16, timeout_ms=100_000)
         running = runner.run(opened.__aenter__())
-        yield Asked(runner, running)
+        yield SyncService(runner, running)
         runner.run(opened.__aexit__(None, None, None))
 
 
 def check(response: httpx.Response) -> None:
-    """Check that an answer is none of the server's own failures, and of the right shape."""
+    """Check that an answer is not a server error and has the right shape."""
     assert response.status_code < 500 or response.status_code == 504, response.text
     assert "Traceback" not in response.text
     if response.status_code != 200:
@@ -88,19 +88,19 @@ def _no_constant(name: str) -> None:
 
 @pytest.mark.parametrize("path", SAMPLES)
 @fuzzed(0.15)
-def test_fields(asked: Asked, path: str, random: Random) -> None:
+def test_mutated_fields(service_client: SyncService, path: str, random: Random) -> None:
     body = json.dumps(mutated_json(random, SAMPLES[path])).encode()
-    check(asked.post(path, body))
+    check(service_client.post(path, body))
 
 
 @pytest.mark.parametrize("path", SAMPLES)
 @fuzzed(0.075)
-def test_bytes(asked: Asked, path: str, random: Random) -> None:
-    check(asked.post(path, mutated_bytes(random, json.dumps(SAMPLES[path]).encode())))
+def test_mutated_bytes_of_json(service_client: SyncService, path: str, random: Random) -> None:
+    check(service_client.post(path, mutated_bytes(random, json.dumps(SAMPLES[path]).encode())))
 
 
 @fuzzed(0.1)
-def test_binary_tensors(asked: Asked, random: Random) -> None:
+def test_mutated_binary_tensors(service_client: SyncService, random: Random) -> None:
     texts = [TEXT.encode(), b""]
     blob = b"".join(len(text).to_bytes(4, "little") + text for text in texts)
     tensor = {"name": "text", "shape": [2, 1], "datatype": "BYTES"}
@@ -110,11 +110,11 @@ def test_binary_tensors(asked: Asked, random: Random) -> None:
         head, blob = json.dumps({"inputs": [tensor]}).encode(), mutated_bytes(random, blob)
     length = random.choice([len(head)] * 4 + [0, len(head) - 1, 10**9])
     headers = {"Inference-Header-Content-Length": str(length)}
-    check(asked.post(f"/v2/models/{TOPICS}/infer", head + blob, headers))
+    check(service_client.post(f"/v2/models/{TOPICS}/infer", head + blob, headers))
 
 
 @fuzzed(0.1)
-def test_token_tensors(asked: Asked, random: Random) -> None:
+def test_mutated_token_tensors(service_client: SyncService, random: Random) -> None:
     kind = random.choice(["INT32", "INT64"])
     rows = {"input_ids": [2, 7, 3, 2, 3, 0], "attention_mask": [1, 1, 1, 1, 1, 0]}
     rows["token_type_ids"] = [0, 0, 1, 0, 1, 0]
@@ -125,9 +125,9 @@ def test_token_tensors(asked: Asked, random: Random) -> None:
         if random.randrange(2):
             tensor["data"] = random.choice([values, [values[:3], values[3:]]])
         else:
-            own = b"".join(v.to_bytes(4 if kind == "INT32" else 8, "little") for v in values)
-            tensor["parameters"] = {"binary_data_size": len(own)}
-            blob += own
+            data = b"".join(v.to_bytes(4 if kind == "INT32" else 8, "little") for v in values)
+            tensor["parameters"] = {"binary_data_size": len(data)}
+            blob += data
         tensors.append(tensor)
     if random.randrange(2):
         blob = mutated_bytes(random, blob)
@@ -135,27 +135,27 @@ def test_token_tensors(asked: Asked, random: Random) -> None:
         tensors = mutated_json(random, tensors)
     head = json.dumps({"inputs": tensors}).encode()
     headers = {"Inference-Header-Content-Length": str(len(head))}
-    check(asked.post(f"/v2/models/{PAIRS}/infer", head + blob, headers))
+    check(service_client.post(f"/v2/models/{PAIRS}/infer", head + blob, headers))
 
 
 @fuzzed(0.1)
-def test_fields_answered_with_columns(asked: Asked, random: Random) -> None:
+def test_mutated_fields_with_arrow_answers(service_client: SyncService, random: Random) -> None:
     body = json.dumps(mutated_json(random, SAMPLES["/classify"] | {"return_heads": False})).encode()
     accept = random.choice([ARROW, f"{ARROW};q=0.5", f"{ARROW}, */*;q=0.1"])
-    response = asked.post("/classify", body, {"Accept": accept})
+    response = service_client.post("/classify", body, {"Accept": accept})
     check(response)
     if response.status_code == 200:
         assert pa.ipc.open_stream(response.content).read_all().num_rows > 0
 
 
 @fuzzed(0.1)
-def test_encodings(asked: Asked, random: Random) -> None:
+def test_random_bytes_with_content_encodings(service_client: SyncService, random: Random) -> None:
     body = random.randbytes(random.randint(0, 40))
     encoding = random.choice(["gzip", "deflate", "br", "", "x"])
-    check(asked.post("/classify", body, {"Content-Encoding": encoding}))
+    check(service_client.post("/classify", body, {"Content-Encoding": encoding}))
 
 
 @pytest.mark.parametrize("route", SAMPLES)
 @pytest.mark.parametrize("path", CORPUS, ids=lambda path: path.name)
-def test_what_was_found_once(asked: Asked, path: Path, route: str) -> None:
-    check(asked.post(route, path.read_bytes()))
+def test_inputs_that_once_failed(service_client: SyncService, path: Path, route: str) -> None:
+    check(service_client.post(route, path.read_bytes()))

@@ -1,4 +1,4 @@
-"""Checkpoint folders: opened, or refused by a `CheckpointError` of one line."""
+"""Mutated checkpoint folders are opened, or refused by a `CheckpointError` of one line."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def folder(model_store: Path, scratch: Path) -> Path:
 
 @contextlib.contextmanager
 def changed(folder: Path, name: str, content: bytes) -> Iterator[None]:
-    """Put other bytes into a file for this block."""
+    """Replace the content of a file within the block."""
     path = folder / name
     before = path.read_bytes()
     path.write_bytes(content)
@@ -40,13 +40,13 @@ def changed(folder: Path, name: str, content: bytes) -> Iterator[None]:
         path.write_bytes(before)
 
 
-def open_it(folder: Path, whole: bool = False) -> None:
+def open_checkpoint(folder: Path, whole: bool = False) -> None:
     try:
         checkpoint = read_checkpoint(folder)
         checkpoint.verify()
         for quality in ("fast", "balanced", "best", 1.0, None):
             if quality is None or checkpoint.calibrated:
-                with contextlib.suppress(PolicyError):  # it may have lost the level
+                with contextlib.suppress(PolicyError):  # the level may be missing
                     checkpoint.rule(quality)
         load_tokenizer(checkpoint)
         if whole:
@@ -62,22 +62,24 @@ def encoded(value: Any) -> bytes:
 
 
 @fuzzed(0.45)
-def test_manifest(folder: Path, random: Random) -> None:
+def test_mutated_fields_of_the_manifest(folder: Path, random: Random) -> None:
     sample = json.loads((folder / "manifest.json").read_bytes())
     with changed(folder, "manifest.json", encoded(mutated_json(random, sample))):
-        open_it(folder)
+        open_checkpoint(folder)
 
 
 @fuzzed(0.25)
-def test_bytes_of_the_manifest(folder: Path, random: Random) -> None:
+def test_mutated_bytes_of_the_manifest(folder: Path, random: Random) -> None:
     sample = (folder / "manifest.json").read_bytes()
     with changed(folder, "manifest.json", mutated_bytes(random, sample)):
-        open_it(folder)
+        open_checkpoint(folder)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
 @fuzzed(0.1)
-def test_what_the_manifest_vouches_for(folder: Path, name: str, random: Random) -> None:
+def test_mutated_files_that_agree_with_the_manifest(
+    folder: Path, name: str, random: Random
+) -> None:
     sample = json.loads((folder / name).read_bytes())
     manifest = (folder / "manifest.json").read_bytes()
     with (
@@ -86,11 +88,11 @@ def test_what_the_manifest_vouches_for(folder: Path, name: str, random: Random) 
     ):
         with contextlib.suppress(CheckpointError):
             sign(folder)
-        open_it(folder, whole=name == "config.json")
+        open_checkpoint(folder, whole=name == "config.json")
 
 
 @fuzzed(0.1)
-def test_weights(folder: Path, random: Random) -> None:
+def test_mutated_weights(folder: Path, random: Random) -> None:
     whole = (folder / "model.safetensors").read_bytes()
     length = 8 + int.from_bytes(whole[:8], "little")
     if random.randrange(2):
@@ -104,16 +106,16 @@ def test_weights(folder: Path, random: Random) -> None:
         changed(folder, "model.safetensors", changed_weights),
     ):
         sign(folder)
-        open_it(folder, whole=True)
+        open_checkpoint(folder, whole=True)
 
 
 @pytest.mark.parametrize("path", CORPUS, ids=lambda path: path.name)
-def test_what_was_found_once(folder: Path, path: Path) -> None:
-    """A file of the corpus is named after the one that it stands for: 1-config.json."""
+def test_inputs_that_once_failed(folder: Path, path: Path) -> None:
+    """The name of a file in the corpus ends with the name of the file that it replaces."""
     name = path.name.partition("-")[2]
     manifest = (folder / "manifest.json").read_bytes()
     with changed(folder, "manifest.json", manifest), changed(folder, name, path.read_bytes()):
         if name != "manifest.json":
             with contextlib.suppress(CheckpointError):
                 sign(folder)
-        open_it(folder, whole=name != "tokenizer.json")
+        open_checkpoint(folder, whole=name != "tokenizer.json")

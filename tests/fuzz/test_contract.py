@@ -1,4 +1,4 @@
-"""The OpenAPI document against the served program: Schemathesis, with every check it has."""
+"""A real server conforms to its OpenAPI document, by all checks of Schemathesis."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CONFIG = Path(__file__).parent / "schemathesis.toml"
 
 
 @pytest.mark.timeout(3600)
-def test_what_is_promised_is_kept(model_store: Path, tmp_path: Path) -> None:
+def test_the_server_conforms_to_its_openapi_document(model_store: Path, tmp_path: Path) -> None:
     secret = "for-this-test"
     keys = tmp_path / "keys.toml"
     kept = Key(sha256=digest(secret.encode()), scopes=frozenset({"classify", "admin"}))

@@ -1,7 +1,6 @@
-"""What a hostile body costs before it reaches an engine, for each of its bytes.
+"""Hostile bodies need memory and tokenization only in proportion to their size.
 
-Python's memory is traced, and the characters that the tokenizer gets are counted: both are the same
-at every run, however busy the machine is.
+Traced memory and counted characters do not depend on the load of the machine.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ def counting_encoder() -> tuple[TextEncoder, Counting]:
 
 @contextmanager
 def bounded_memory(size: int) -> Iterator[None]:
-    """Check that a block needs little more memory than an input of so many bytes."""
+    """Check that the memory of a block is bounded by the size of its input in bytes."""
     tracemalloc.start()
     try:
         yield
@@ -77,7 +76,7 @@ def bounded_memory(size: int) -> Iterator[None]:
 
 
 def hostile_json(random: Random, field: str) -> bytes:
-    """Return a body that repeats something small, well-formed or nearly so."""
+    """Return a body with many repetitions of a small value, valid or nearly valid."""
     units = random.choices([*UNITS, json.dumps(some_text(random, 20))], k=random.randint(1, 3))
     joint = random.choice([",", ",", ",", "", ":"])
     unit = joint.join(units) + joint
@@ -97,7 +96,7 @@ def hostile_text(random: Random) -> str:
 
 @pytest.mark.parametrize("field", SCHEMAS)
 @fuzzed(0.3)
-def test_memory_to_parse_a_body(field: str, random: Random) -> None:
+def test_parsing_needs_memory_in_proportion_to_the_body(field: str, random: Random) -> None:
     body = hostile_json(random, field)
     if random.randrange(4) == 0:
         body = mutated_bytes(random, body)
@@ -111,7 +110,7 @@ def test_memory_to_parse_a_body(field: str, random: Random) -> None:
 
 
 @fuzzed(0.4)
-def test_characters_to_tokenize(random: Random) -> None:
+def test_tokenization_reads_characters_in_proportion_to_the_texts(random: Random) -> None:
     encoder, counting = counting_encoder()
     texts: list[Text] = [
         hostile_text(random)
@@ -119,24 +118,24 @@ def test_characters_to_tokenize(random: Random) -> None:
         else (hostile_text(random), hostile_text(random))
         for _ in range(random.randint(1, 4))
     ]
-    given = [text if isinstance(text, str) else "".join(text) for text in texts]
+    flat = [text if isinstance(text, str) else "".join(text) for text in texts]
     counting.calls.clear()
-    with bounded_memory(sum(map(len, given)) + 4 * STEP_CHARACTERS):
-        found = encoder.encode(texts)
-    assert sum(counting.calls) <= 2 * sum(map(len, given))  # a short one first whole, then cut
-    assert max(counting.calls) <= max(STEP_CHARACTERS + 1000, *map(len, given))
-    assert all(len(tokens) <= MAX_TOKENS for tokens in found)
+    with bounded_memory(sum(map(len, flat)) + 4 * STEP_CHARACTERS):
+        encoded = encoder.encode(texts)
+    assert sum(counting.calls) <= 2 * sum(map(len, flat))  # short texts may be tokenized twice
+    assert max(counting.calls) <= max(STEP_CHARACTERS + 1000, *map(len, flat))
+    assert all(len(tokens) <= MAX_TOKENS for tokens in encoded)
 
 
-def test_items_of_a_body_are_validated_in_its_memory() -> None:
-    """The most values that are read, each of them wrong in every way at once."""
+def test_validating_invalid_items_needs_little_memory() -> None:
+    """The body has the maximum number of values, all of them invalid."""
     for unit in ("[]", "{}", "1", '{"text":[],"a":1}'):
         body = f'{{"input":[{",".join([unit] * (VALUES // 4))}]}}'.encode()
         with bounded_memory(16 * VALUES), pytest.raises(ApiError):
             parse(body, ClassifyRequest, VALUES)
 
 
-def test_a_pair_is_an_item() -> None:
+def test_a_pair_counts_as_one_item() -> None:
     body = json.dumps({"input": [{"text": "a", "text_pair": "b"}] * (VALUES // 4)}).encode()
     found = parse(body, ClassifyRequest, VALUES)
     assert found.input == [TextPair(text="a", text_pair="b")] * (VALUES // 4)

@@ -1,4 +1,4 @@
-"""Frames between processes: a message, the end, or a `FrameError`."""
+"""Mutated frames between processes are read as messages, the end, or a `FrameError`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ READERS = [messages for _, _, messages in PAIRS]
 
 @functools.cache
 def sent() -> list[bytes]:
-    """Return sound frames of every kind, of which broken ones are made."""
+    """Return valid frames of every message, to be mutated."""
     kinds = [strategy for _, strategies, _ in PAIRS for strategy in strategies.values()]
     drawn = []
 
@@ -40,18 +40,18 @@ def sent() -> list[bytes]:
 
 
 def broken_frame(random: Random) -> bytes:
-    """Return a frame whose bytes, or whose fields, are not what they should be."""
-    sound = random.choice(sent())
+    """Return a frame with mutated bytes or mutated fields."""
+    valid = random.choice(sent())
     if random.randrange(2):
-        return mutated_bytes(random, sound)
+        return mutated_bytes(random, valid)
     body = msgspec.msgpack.encode(
-        _packable(mutated_json(random, msgspec.msgpack.decode(sound[4:])))
+        _packable(mutated_json(random, msgspec.msgpack.decode(valid[4:])))
     )
     return struct.pack("<I", len(body)) + body
 
 
 def _packable(value: Any) -> Any:
-    """Take out what MessagePack cannot hold: integers beyond 64 bits, halves of pairs."""
+    """Replace values that MessagePack cannot encode: large integers, lone surrogates."""
     if isinstance(value, dict):
         return {_packable(key): _packable(inner) for key, inner in value.items()}
     if isinstance(value, str):
@@ -66,7 +66,7 @@ Read = Callable[[bytes, Decoder], None]
 
 @pytest.fixture(scope="module")
 def read() -> Iterator[Read]:
-    """Read frames, all in one loop."""
+    """Return a function that reads frames, always in the same event loop."""
     with asyncio.Runner() as runner:
 
         def read(data: bytes, reader: Decoder) -> None:
@@ -75,7 +75,7 @@ def read() -> Iterator[Read]:
             except FrameError as error:
                 assert str(error)
             else:
-                # What was taken for a message is one: it can be sent on.
+                # Every received message can be sent again.
                 for message in received:
                     frame(message)
 
@@ -83,18 +83,18 @@ def read() -> Iterator[Read]:
 
 
 @fuzzed(0.8)
-def test_broken_frames(read: Read, random: Random) -> None:
+def test_mutated_frames(read: Read, random: Random) -> None:
     read(broken_frame(random), random.choice(READERS))
 
 
 @fuzzed(0.1)
-def test_noise(read: Read, random: Random) -> None:
+def test_random_bytes(read: Read, random: Random) -> None:
     noise = random.randbytes(random.randint(0, 64))
     read(struct.pack("<I", len(noise)) + noise, random.choice(READERS))
 
 
 @fuzzed(0.1)
-def test_columns(random: Random) -> None:
+def test_random_columns(random: Random) -> None:
     ids, lengths, types, *answers = (
         random.randbytes(random.choice([0, 4, 8, 12, random.randint(0, 40)])) for _ in range(11)
     )
@@ -108,5 +108,5 @@ def test_columns(random: Random) -> None:
 
 @pytest.mark.parametrize("reader", READERS, ids=["to engine", "to frontend", "to hub", "from hub"])
 @pytest.mark.parametrize("path", CORPUS, ids=lambda path: path.name)
-def test_what_was_found_once(read: Read, path: Path, reader: Decoder) -> None:
+def test_inputs_that_once_failed(read: Read, path: Path, reader: Decoder) -> None:
     read(path.read_bytes(), reader)

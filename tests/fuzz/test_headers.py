@@ -1,4 +1,4 @@
-"""Every header that is read, on every route: never a 500, and the next request is answered."""
+"""Hostile headers on every route never cause a 500, and later requests are answered."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ VALUES: dict[str, list[bytes]] = {
     "cookie": [b"a=b", b"=;=;"],
     "user-agent": [b"x", b""],
 }
-"""Headers that a route or what is around it reads, or that other servers of its kind do."""
+"""Headers that this server or similar ones read, with typical values."""
 HOSTILE = [
     b"", b" ", b"\t", b",", b";", b"=", b'"', b"a" * 3000, b"\xff\xfe", b"\xc3\xa9", b"\xb2",
     b"0x10", b"%00", b"%s%n", b"../../etc/passwd", b"${jndi:ldap://x}", b"<script>", b"null", b"-1",
@@ -80,8 +80,8 @@ HOSTILE = [
 Ask = Callable[[bytes], tuple[int, dict[bytes, bytes], bytes]]
 
 
-class Heard(Wire):
-    """A transport that tells when something is written or it is closed."""
+class ObservedWire(Wire):
+    """A transport with an event for writes and the end of the connection."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,8 +101,8 @@ class Heard(Wire):
 
 
 async def ask(connect: Callable[[], asyncio.Protocol], request: bytes) -> Any:
-    """Return status, headers and body of the answer to a request on a connection of its own."""
-    wire, protocol = Heard(), cast(Any, connect())
+    """Return status, headers and body of the answer to a request on a new connection."""
+    wire, protocol = ObservedWire(), cast(Any, connect())
     protocol.connection_made(wire)
     protocol.data_received(request)
     method = request.partition(b" ")[0]
@@ -134,16 +134,16 @@ def running(model_store: Path) -> Iterator[tuple[Service, Ask]]:
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         options = {"cors_origins": ["https://x"], "models": [TOPICS], "timeout_ms": 100_000}
         opened = service(model_store, **options)
-        it = runner.run(opened.__aenter__())
-        settings = it.app.state.shared.settings
+        running = runner.run(opened.__aenter__())
+        settings = running.app.state.shared.settings
         config = Config(
-            it.app, lifespan="off", log_config=None, access_log=False, ws="none",
+            running.app, lifespan="off", log_config=None, access_log=False, ws="none",
             proxy_headers=True, forwarded_allow_ips=["127.0.0.1"],
         )  # fmt: skip
         config.load()
 
         def connect() -> asyncio.Protocol:
-            protocol: asyncio.Protocol = protocol_of(it.app, settings)(
+            protocol: asyncio.Protocol = protocol_of(running.app, settings)(
                 config=config,
                 server_state=ServerState(),
                 app_state={},
@@ -155,12 +155,12 @@ def running(model_store: Path) -> Iterator[tuple[Service, Ask]]:
             asking: Awaitable[Any] = ask(connect, request)
             return runner.run(cast(Any, asking))
 
-        yield it, run
+        yield running, run
         runner.run(opened.__aexit__(None, None, None))
 
 
 def routes(running: Service) -> list[tuple[str, str]]:
-    """Return method and path of every route; models that it would change do not exist."""
+    """Return the method and path of every route; routes that change models name an unknown one."""
     documented = running.app.openapi()["paths"]
     found = [(method.upper(), path) for path, methods in documented.items() for method in methods]
     found += [("GET", path) for path in (*UNLISTED, "/docs", "/openapi.json", "/nowhere")]
@@ -173,7 +173,7 @@ def routes(running: Service) -> list[tuple[str, str]]:
     return sorted(filled)
 
 
-def written(method: str, path: str, headers: list[tuple[str, bytes]], body: bytes) -> bytes:
+def request_bytes(method: str, path: str, headers: list[tuple[str, bytes]], body: bytes) -> bytes:
     lines = [f"{method} {path} HTTP/1.1".encode()]
     lines += [name.encode() + b": " + value for name, value in headers]
     return b"\r\n".join([*lines, b"", body])
@@ -187,7 +187,7 @@ def plain(method: str, path: str, body: bytes) -> list[tuple[str, bytes]]:
 
 
 def value_of(random: Random, name: str) -> bytes:
-    """Return a value that can travel: no line end, no control character."""
+    """Return a valid header value, without line ends and control characters."""
     value = random.choice(random.choice([VALUES[name], HOSTILE]))
     if random.random() < 0.4:
         value = mutated_bytes(random, value)
@@ -195,57 +195,61 @@ def value_of(random: Random, name: str) -> bytes:
 
 
 @fuzzed(0.2)
-def test_values(running: tuple[Service, Ask], random: Random) -> None:
-    it, run = running
-    method, path = random.choice(routes(it))
+def test_hostile_values_of_headers(running: tuple[Service, Ask], random: Random) -> None:
+    service, run = running
+    method, path = random.choice(routes(service))
     body = json.dumps(SAMPLES.get(path, {})).encode() if method == "POST" else b""
     names = random.sample(sorted(VALUES), random.choice([1, 1, 1, 2, 4]))
-    headers = [one for one in plain(method, path, body) if one[0] not in names]
+    headers = [header for header in plain(method, path, body) if header[0] not in names]
     headers += [(name, value_of(random, name)) for name in names]
-    request = written(method, path, headers, body)
+    request = request_bytes(method, path, headers, body)
     if {"content-length", "transfer-encoding"} & set(names):
-        request += b"0\r\n\r\n" * 9 + b"\x00"  # whatever was said of the body, it ends
+        request += b"0\r\n\r\n" * 9 + b"\x00"  # ends any body
     status, _, answer = run(request)
     assert status in range(200, 500) or status == 504, (request, answer)
     assert b"Traceback" not in answer
-    same_as_ever(run)
+    assert_serving(run)
 
 
-def same_as_ever(run: Ask) -> None:
-    """Check that a plain request has its answer, whatever came before."""
+def assert_serving(run: Ask) -> None:
+    """Check that a plain request is answered."""
     body = json.dumps({"input": "The otter slept under the hedge."}).encode()
-    status, _, answer = run(written("POST", "/classify", plain("POST", "/classify", body), body))
+    status, _, answer = run(
+        request_bytes("POST", "/classify", plain("POST", "/classify", body), body)
+    )
     assert status == 200, answer
     assert json.loads(answer)["data"][0]["label"] == "animals"
 
 
 def test_every_header_on_every_route(running: tuple[Service, Ask]) -> None:
-    """A few headers of each route, or all with as many values as `FUZZ_INPUTS` has room for."""
-    it, run = running
+    """Tries a few headers on each route, or all of them if `FUZZ_INPUTS` is large."""
+    service, run = running
     random = Random(INPUTS)
-    for method, path in routes(it):
+    for method, path in routes(service):
         body = json.dumps(SAMPLES.get(path, {})).encode() if method == "POST" else b""
-        before = run(written(method, path, plain(method, path, body), body))[0]
+        before = run(request_bytes(method, path, plain(method, path, body), body))[0]
         names = sorted(VALUES)
         for name in names if INPUTS >= 1000 else random.sample(names, 8):
             for _ in range(1 + INPUTS // 20_000):
                 value = value_of(random, name)
-                headers = [one for one in plain(method, path, body) if one[0] != name]
-                request = written(method, path, [*headers, (name, value)], body) + b"\x00" * 20
+                headers = [header for header in plain(method, path, body) if header[0] != name]
+                request = (
+                    request_bytes(method, path, [*headers, (name, value)], body) + b"\x00" * 20
+                )
                 status, _, answer = run(request)
                 assert status in range(200, 500) or status == 504, (request, answer)
-        assert run(written(method, path, plain(method, path, body), body))[0] == before
-        same_as_ever(run)
-    metrics = run(written("GET", "/metrics", plain("GET", "/metrics", b""), b""))
+        assert run(request_bytes(method, path, plain(method, path, body), body))[0] == before
+        assert_serving(run)
+    metrics = run(request_bytes("GET", "/metrics", plain("GET", "/metrics", b""), b""))
     assert metrics[0] == 200
 
 
-def test_every_header_that_is_read_is_among_them() -> None:
+def test_all_headers_read_by_the_code_are_fuzzed() -> None:
     looked_up = re.compile(
         r'headers\.get(?:list)?\(\s*b?"([\w-]+)"|b"([\w-]+)" (?:not )?in headers'
     )
     source = "".join(path.read_text() for path in Path(package.__file__).parent.rglob("*.py"))
     read = {one[1] or one[2] for one in looked_up.finditer(source)}
     assert read > {"accept", "if-none-match", "traceparent"}
-    # Those of answers are read, too.
+    # The code also reads some headers of its answers.
     assert read - {"allow", "Allow", "retry-after"} <= set(VALUES)

@@ -1,4 +1,4 @@
-"""Bytes of connections: each request is answered once, and no body is ever taken for a request."""
+"""Mutated HTTP streams: each request gets one answer, and no body is ever read as a request."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ Respond = Callable[[list[bytes], bool], Connected]
 
 @pytest.fixture(scope="module")
 def respond() -> Iterator[Respond]:
-    """Send parts of a stream to a connection of its own, and return that."""
+    """Return a function that sends parts of a stream over a new connection, and returns it."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
 
         async def run(parts: list[bytes], half_closes: bool) -> Connected:
@@ -107,14 +107,14 @@ def respond() -> Iterator[Respond]:
         yield lambda parts, half_closes: runner.run(run(parts, half_closes))
 
 
-def a_request(random: Random, early: bool) -> bytes:
-    """Return a request, with one thing that is odd or wrong now and then."""
+def random_request(random: Random, early: bool) -> bytes:
+    """Return a request in which a part is sometimes unusual or invalid."""
 
-    def now_and_then(ordinary: bytes, others: list[bytes]) -> bytes:
-        return random.choice(others) if random.random() < 0.12 else ordinary
+    def sometimes(usual: bytes, unusual: list[bytes]) -> bytes:
+        return random.choice(unusual) if random.random() < 0.12 else usual
 
-    method = now_and_then(random.choice([b"GET", b"POST"]), [*sorted(METHODS), b"get", b"FOO"])
-    target = now_and_then(b"/a", TARGETS)
+    method = sometimes(random.choice([b"GET", b"POST"]), [*sorted(METHODS), b"get", b"FOO"])
+    target = sometimes(b"/a", TARGETS)
     if early and random.random() < 0.3:
         method, target = b"POST", EARLY
     lines = [random.choice(LINES) % (method, target), random.choice(HOSTS)]
@@ -148,17 +148,17 @@ def chunked(random: Random, body: bytes) -> bytes:
     )
 
 
-def a_stream(random: Random, early: bool = False) -> bytes:
+def random_stream(random: Random, early: bool = False) -> bytes:
     """Return one to four requests, sometimes with a few bytes changed."""
     parts = []
     for _ in range(random.randint(1, 4)):
-        parts += [random.choice(SEPARATORS), a_request(random, early)]
+        parts += [random.choice(SEPARATORS), random_request(random, early)]
     stream = b"".join(parts)
     return mutated_bytes(random, stream) if random.random() < 0.3 else stream
 
 
 def split(random: Random, stream: bytes) -> list[bytes]:
-    """Return a stream as a client may send it: whole, byte by byte, or in some parts."""
+    """Split a stream like a client may: not at all, byte by byte, or into some parts."""
     match random.randrange(8):
         case 0 if len(stream) < 300:
             return [stream[i : i + 1] for i in range(len(stream))]
@@ -169,15 +169,15 @@ def split(random: Random, stream: bytes) -> list[bytes]:
             return [stream[a:b] for a, b in itertools.pairwise([0, *cuts, len(stream)]) if a < b]
 
 
-def hold_against(connection: Connected, reading: Reading) -> None:
-    """Check that what was served is what was sent, in order, each with one answer."""
+def assert_agrees(connection: Connected, reading: Reading) -> None:
+    """Check that the served requests are the sent ones, in order, with one answer each."""
     served = connection.served
     answers = answers_in(connection.wire.sent, [method for method, _, _ in served])
     if served and served[-1][2] is None and answers[len(served) - 1].status == 400:
-        served = served[:-1]  # it was found malformed before its answer was sent
+        served = served[:-1]  # found to be malformed before its answer was sent
     for number, answer in enumerate(answers[: len(served)], start=1):
         assert (answer.status in (200, 401), answer.number) == (True, number)
-    # There is one error at most, and an answer that says that it is the last is the last.
+    # There is at most one error, and no answer follows one that closes the connection.
     assert len(answers) - len(served) in (0, 1)
     refused = len(answers) > len(served)
     closed = bool(answers) and answers[-1].closes
@@ -194,7 +194,7 @@ def hold_against(connection: Connected, reading: Reading) -> None:
         assert got == expected
         assert body in (whole, None)
     if any(body is None for _, _, body in served) and (closed or connection.over):
-        return  # an answer that came before a large body was the last
+        return  # an early answer before a large body was the last
     if len(served) < len(reading.requests):
         assert refused
         assert reading.requests[len(served)].may_be_refused
@@ -206,11 +206,11 @@ def hold_against(connection: Connected, reading: Reading) -> None:
 
 
 def respond_to(respond: Respond, random: Random, early: bool) -> None:
-    stream = a_stream(random, early)
+    stream = random_stream(random, early)
     connection = respond(split(random, stream), random.random() < 0.5)
     reading = requests_in(stream)
     try:
-        hold_against(connection, reading)
+        assert_agrees(connection, reading)
     except AssertionError as error:
         error.add_note(f"sent {stream!r}\n\nserved {connection.served}\n\nread {reading}")
         error.add_note(f"answered {connection.wire.sent!r}")
@@ -218,19 +218,19 @@ def respond_to(respond: Respond, random: Random, early: bool) -> None:
 
 
 @fuzzed(0.9)
-def test_streams(respond: Respond, random: Random) -> None:
+def test_mutated_streams(respond: Respond, random: Random) -> None:
     respond_to(respond, random, early=False)
 
 
 @fuzzed(0.1)
-def test_answers_before_the_body(respond: Respond, random: Random) -> None:
+def test_mutated_streams_with_early_answers(respond: Respond, random: Random) -> None:
     respond_to(respond, random, early=True)
 
 
 @fuzzed(0.1)
 def test_the_strict_reader_agrees_with_h11(random: Random) -> None:
-    # h11 takes one space only between the words of the first line.
-    stream = a_request(random, early=False).replace(b"  ", b" ")
+    # h11 accepts only single spaces in the request line.
+    stream = random_request(random, early=False).replace(b"  ", b" ")
     reading = requests_in(stream)
     if not reading.requests or reading.requests[0].may_be_refused:
         return

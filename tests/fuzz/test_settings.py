@@ -1,4 +1,4 @@
-"""Settings and keys from flags, environment and files: taken, or one `BudgetFormerError`."""
+"""Random settings and mutated files are accepted, or refused with a `BudgetFormerError`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ODD = ["", "0", "-1", "1e400", "nan", "true", "[]", "{}", '{"a":1}', "/", "a:1",
 
 
 def value(random: Random) -> str:
-    """Return what a setting might be given; no surrogates or NUL, which an environment refuses."""
+    """Return a random value, without surrogates and NUL, which environments cannot have."""
     match random.randrange(3):
         case 0:
             return random.choice(ODD)
@@ -32,30 +32,30 @@ def value(random: Random) -> str:
 
 
 def argument(random: Random) -> str:
-    """Return a flag with a value, mostly, or either."""
+    """Return a flag with a value, or sometimes only one of them."""
     flag = f"--{random.choice(NAMES).replace('_', '-')}"
     return random.choice([f"{flag}={value(random)}"] * 4 + [flag, value(random)])
 
 
-def read(given_arguments: list[str]) -> None:
+def read(arguments: list[str]) -> None:
     try:
-        settings, _ = read_serve_settings(["--print-config", *given_arguments])
+        settings, _ = read_serve_settings(["--print-config", *arguments])
         json.dumps(settings.printable())
     except BudgetFormerError as error:
         assert str(error)
-    except SystemExit as ending:  # the parser of the command line says what was wrong
+    except SystemExit as ending:  # the parser has printed the error
         assert ending.code in (0, 2)
 
 
 @fuzzed(0.4)
-def test_flags(random: Random) -> None:
-    given_arguments = [argument(random) for _ in range(random.randint(1, 3))]
+def test_random_flags(random: Random) -> None:
+    arguments = [argument(random) for _ in range(random.randint(1, 3))]
     with mock.patch.dict(os.environ):
-        read(given_arguments)
+        read(arguments)
 
 
 @fuzzed(0.2)
-def test_environment(random: Random) -> None:
+def test_random_environment_variables(random: Random) -> None:
     names = random.sample(NAMES, random.randint(1, 3))
     added = {f"BUDGETFORMER_{name.upper()}": value(random) for name in names}
     with mock.patch.dict(os.environ, added):
@@ -68,7 +68,7 @@ def path(scratch: Path) -> Path:
 
 
 @fuzzed(0.2)
-def test_file(path: Path, random: Random) -> None:
+def test_mutated_configuration_files(path: Path, random: Random) -> None:
     sample = b'port = 8000\nmodels = ["a"]\nquality = 0.5\n[keys.web]\nsha256 = "00"\n'
     path.write_bytes(mutated_bytes(random, sample))
     with mock.patch.dict(os.environ, BUDGETFORMER_CONFIG=str(path)):
@@ -76,7 +76,7 @@ def test_file(path: Path, random: Random) -> None:
 
 
 @fuzzed(0.2)
-def test_key_file(path: Path, random: Random) -> None:
+def test_mutated_key_files(path: Path, random: Random) -> None:
     sample = f"{key_line('web', new_key(['classify'], burst=3)[1])}\n".encode()
     path.write_bytes(mutated_bytes(random, sample))
     try:

@@ -17,7 +17,7 @@ __all__ = ["model_store"]
 
 @pytest.fixture(scope="session", autouse=True)
 def _plain_logs() -> Iterator[None]:
-    """Log as the server does away from a terminal: JSON, without variables in traces."""
+    """Log as the server does without a terminal: JSON, without variables in tracebacks."""
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
@@ -32,17 +32,16 @@ def _plain_logs() -> Iterator[None]:
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def _shared(model_store: Path) -> AsyncIterator[Service]:
     limits = {"max_batch_items": 64, "max_text_characters": 10_000, "max_body_bytes": 500_000}
-    # A machine busy with other tests is to change how long an answer takes, not what it says.
+    # The floor keeps the level, and so the answers, the same on a busy machine.
     async with service(model_store, quality_floor="balanced", **limits) as running:
         yield running
 
 
 @pytest_asyncio.fixture(loop_scope="session")
 async def shared(_shared: Service) -> Service:
-    """Return a service with every model, for tests that leave it as it was.
+    """Return a service with every model, for tests that do not change it.
 
-    Its event loop stands still while other tests run in theirs, so it may have heartbeats to catch
-    up on.
+    Its event loop does not run during tests with other loops, so heartbeats may be outstanding.
     """
     await until(_shared.ready, "readiness")
     return _shared
@@ -50,7 +49,7 @@ async def shared(_shared: Service) -> Service:
 
 @pytest_asyncio.fixture
 async def fresh(model_store: Path) -> AsyncIterator[Service]:
-    """Return a service with one model for one test alone."""
+    """Return a service with one model for a single test."""
     async with service(model_store, models=["topics"]) as running:
         yield running
 

@@ -1,4 +1,4 @@
-"""Keys: what is open, what takes which scope, how much one may ask for, and what is seen."""
+"""API keys: open routes, scopes, rate limits, rotation, metrics and logs, browsers."""
 
 from __future__ import annotations
 
@@ -74,13 +74,13 @@ def routes(running: Service) -> list[tuple[str, str]]:
 async def ask_route(
     running: Service, method: str, path: str, headers: dict[str, str] | None = None
 ) -> httpx.Response:
-    """Ask with a body that no route takes, so that whoever is let in changes nothing."""
+    """Send a body that every route rejects, so that an accepted key changes nothing."""
     filled = path.format(name="nothing", version="1", job="0" * 32)
     content = b"{" if method == "POST" else None
     return await running.client.request(method, filled, content=content, headers=headers)
 
 
-async def test_without_a_key_only_what_is_named_here_is_open(locked: Service) -> None:
+async def test_only_the_open_routes_answer_without_a_key(locked: Service) -> None:
     open_routes = set()
     for method, path in routes(locked):
         response = await ask_route(locked, method, path)
@@ -93,7 +93,7 @@ async def test_without_a_key_only_what_is_named_here_is_open(locked: Service) ->
 
 
 @pytest.mark.parametrize(("headers", "scope"), [(WEB, "classify"), (OPS, "admin"), (FILES, "jobs")])
-async def test_a_key_opens_the_routes_of_its_scopes_alone(
+async def test_a_key_only_opens_the_routes_of_its_scope(
     locked: Service, headers: dict[str, str], scope: str
 ) -> None:
     closed = set()
@@ -126,7 +126,7 @@ async def test_a_key_with_both_scopes_opens_everything(locked: Service) -> None:
     ],
     ids=json.dumps,
 )
-async def test_ways_to_give_a_key(locked: Service, headers: dict[str, str]) -> None:
+async def test_every_way_to_send_a_key(locked: Service, headers: dict[str, str]) -> None:
     response = await locked.client.post("/classify", json={"input": "a"}, headers=headers)
     assert response.status_code == 200
 
@@ -145,7 +145,9 @@ async def test_ways_to_give_a_key(locked: Service, headers: dict[str, str]) -> N
     ],
     ids=lambda value: json.dumps(value)[:50],
 )  # fmt: skip
-async def test_no_key_and_a_wrong_one(locked: Service, headers: dict[str, str], code: str) -> None:
+async def test_missing_and_wrong_keys_are_refused(
+    locked: Service, headers: dict[str, str], code: str
+) -> None:
     response = await locked.client.post("/classify", json={"input": "a"}, headers=headers)
     error_of(response, 401, code)
 
@@ -157,7 +159,7 @@ async def test_a_missing_scope_is_named(locked: Service) -> None:
     assert "ops" in error["message"]
 
 
-async def test_a_body_is_not_read_before_the_key(locked: Service) -> None:
+async def test_the_key_is_checked_before_the_body_is_read(locked: Service) -> None:
     async def body() -> AsyncIterator[bytes]:
         pytest.fail("it was read")
         yield b""
@@ -165,7 +167,7 @@ async def test_a_body_is_not_read_before_the_key(locked: Service) -> None:
     error_of(await locked.client.post("/classify", content=body()), 401)
 
 
-async def test_refusals_speak_the_language_of_the_route(locked: Service) -> None:
+async def test_refusals_have_the_error_format_of_the_route(locked: Service) -> None:
     tei = await locked.client.post("/predict", json={"inputs": "a"})
     assert (tei.status_code, set(tei.json())) == (401, {"error", "error_type"})
     kserve = await locked.client.get("/v2/models/topics", headers=OPS)
@@ -173,7 +175,7 @@ async def test_refusals_speak_the_language_of_the_route(locked: Service) -> None
     assert isinstance(kserve.json()["error"], str)
 
 
-async def test_the_admin_key_of_the_settings_is_a_key_like_others(model_store: Path) -> None:
+async def test_the_admin_key_of_the_settings_only_has_the_admin_scope(model_store: Path) -> None:
     async with service(model_store, models=[TOPICS], keys={"web": KEYS["web"]}) as running:
         opened = {"Authorization": "Bearer open-sesame"}
         response = await running.client.post("/models/nothing/load", headers=opened)
@@ -182,7 +184,7 @@ async def test_the_admin_key_of_the_settings_is_a_key_like_others(model_store: P
         error_of(response, 403)
 
 
-async def test_where_anonymous_callers_may_a_wrong_key_does_no_harm(model_store: Path) -> None:
+async def test_with_anonymous_access_a_wrong_key_is_treated_as_none(model_store: Path) -> None:
     async with service(
         model_store, models=[TOPICS], keys=KEYS, admin_key=None, allow_anonymous=True
     ) as running:
@@ -232,7 +234,7 @@ class TestRates:
             assert after.minus(before, "key_requests_total", key="slow", outcome="ok") == 2
             assert after.minus(before, "key_requests_total", key="slow", outcome="rejected") == 1
 
-    async def test_one_key_does_not_use_up_anothers(self, model_store: Path) -> None:
+    async def test_each_key_has_its_own_rate_limit(self, model_store: Path) -> None:
         keys = {
             "slow": key("s", texts_per_second=0.01, burst=1),
             "free": key("f"),
@@ -248,7 +250,9 @@ class TestRates:
                 assert free.status_code == 200
             error_of(slow, 429, "rate")
 
-    async def test_requests_under_way_are_counted_until_their_end(self, model_store: Path) -> None:
+    async def test_max_requests_counts_requests_until_they_end_or_are_cancelled(
+        self, model_store: Path
+    ) -> None:
         body = {"input": "a", "heads": 1}
         keys = {"two": key("t", max_requests=2)}
         headers = {"X-API-Key": "t"}
@@ -258,23 +262,23 @@ class TestRates:
                 return await running.client.post("/classify", json=body, headers=headers)
 
             with held(running.core):
-                begun = [asyncio.create_task(ask()) for _ in range(2)]
+                running_requests = [asyncio.create_task(ask()) for _ in range(2)]
                 await until(lambda: running.in_flight() == 2, "two requests under way")
                 error_of(await ask(), 429, "too_many_requests")
-            for task in begun:
+            for task in running_requests:
                 assert (await task).status_code == 200
             assert (await ask()).status_code == 200
             with held(running.core):
-                begun = [asyncio.create_task(ask()) for _ in range(2)]
+                running_requests = [asyncio.create_task(ask()) for _ in range(2)]
                 await until(lambda: running.in_flight() == 2, "two requests under way")
-                for task in begun:
+                for task in running_requests:
                     task.cancel()
-                await asyncio.gather(*begun, return_exceptions=True)
+                await asyncio.gather(*running_requests, return_exceptions=True)
             assert (await ask()).status_code == 200
 
 
 class TestRotation:
-    async def test_a_key_is_taken_back_while_serving(
+    async def test_keys_are_added_and_removed_while_serving(
         self, model_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("service.keys.POLL_SECONDS", 0.0)
@@ -298,7 +302,7 @@ class TestRotation:
             assert 'key="old"' not in (await running.client.get("/metrics")).text
 
 
-class TestSeen:
+class TestMetricsAndLogs:
     async def test_denials_are_counted_by_reason(self, locked: Service) -> None:
         before = await locked.scrape()
         for headers in ({}, {"X-API-Key": "wrong"}, {"X-API-Key": "wrong too"}, OPS):
@@ -310,7 +314,7 @@ class TestSeen:
         }
         assert counted == {"no_key": 1, "wrong_key": 2, "missing_scope": 1}
 
-    async def test_series_of_every_key_read_0_and_no_others_come(self, locked: Service) -> None:
+    async def test_only_configured_keys_have_series_from_the_start(self, locked: Service) -> None:
         for number in range(20):
             await locked.client.post("/classify", headers={"X-API-Key": f"guess {number}"})
         text = (await locked.client.get("/metrics")).text
@@ -318,7 +322,9 @@ class TestSeen:
         assert names == {*KEYS, "anonymous"}
         assert (await locked.scrape()).total("key_texts_total", key="both") == 0
 
-    async def test_the_log_names_the_key_and_never_the_secret(self, model_store: Path) -> None:
+    async def test_the_log_contains_the_name_of_the_key_but_not_the_secret(
+        self, model_store: Path
+    ) -> None:
         async with service(model_store, models=[TOPICS], keys=KEYS, access_log=1.0) as running:
             with capture_logs() as lines:
                 await running.client.post("/classify", json={"input": "a"}, headers=WEB)
@@ -327,7 +333,7 @@ class TestSeen:
         assert [line.get("key") for line in lines] == ["web", "ops", None]
         assert "secret" not in json.dumps(lines)
 
-    async def test_refused_administration_is_always_logged(self, model_store: Path) -> None:
+    async def test_refused_admin_requests_are_always_logged(self, model_store: Path) -> None:
         async with service(model_store, models=[TOPICS], keys=KEYS, access_log=0.0) as running:
             with capture_logs() as lines:
                 for path, headers in (
@@ -369,7 +375,7 @@ class TestBrowsers:
             ("GET", "/docs", 200),
         ],
     )
-    async def test_every_answer_carries_the_headers(
+    async def test_every_answer_has_the_security_headers(
         self, locked: Service, method: str, path: str, status: int
     ) -> None:
         response = await locked.client.request(method, path)
@@ -379,11 +385,11 @@ class TestBrowsers:
         assert response.headers["x-frame-options"] == "DENY"
         assert "strict-transport-security" not in response.headers
 
-    async def test_over_tls_browsers_are_told_to_stay_with_it(self, locked: Service) -> None:
+    async def test_answers_over_tls_have_strict_transport_security(self, locked: Service) -> None:
         response = await locked.client.get("https://service/health/live")
         assert response.headers["strict-transport-security"].startswith("max-age=")
 
-    async def test_other_origins_are_told_nothing(self, locked: Service) -> None:
+    async def test_without_cors_origins_answers_have_no_cors_headers(self, locked: Service) -> None:
         for method in ("GET", "OPTIONS"):
             response = await locked.client.request(
                 method,
@@ -392,19 +398,19 @@ class TestBrowsers:
             )
             assert not [name for name in response.headers if name.startswith("access-control")]
 
-    async def test_a_named_origin_may_ask(self, model_store: Path) -> None:
+    async def test_only_a_configured_origin_is_allowed(self, model_store: Path) -> None:
         origins = ["https://a.example"]
         async with service(
             model_store, models=[TOPICS], keys=KEYS, cors_origins=origins
         ) as running:
-            asked = {"Access-Control-Request-Method": "POST", "Origin": origins[0]}
-            asked["Access-Control-Request-Headers"] = "authorization,content-type"
-            preflight = await running.client.options("/classify", headers=asked)
+            preflight_headers = {"Access-Control-Request-Method": "POST", "Origin": origins[0]}
+            preflight_headers["Access-Control-Request-Headers"] = "authorization,content-type"
+            preflight = await running.client.options("/classify", headers=preflight_headers)
             assert preflight.status_code == 200
             assert preflight.headers["access-control-allow-origin"] == origins[0]
             assert "access-control-allow-credentials" not in preflight.headers
             other = await running.client.options(
-                "/classify", headers=asked | {"Origin": "https://b.example"}
+                "/classify", headers=preflight_headers | {"Origin": "https://b.example"}
             )
             assert "access-control-allow-origin" not in other.headers
             answer = await running.client.post(
@@ -413,7 +419,7 @@ class TestBrowsers:
             assert answer.headers["access-control-allow-origin"] == origins[0]
 
 
-async def test_the_document_says_which_routes_take_a_key(locked: Service) -> None:
+async def test_openapi_states_which_routes_require_a_key(locked: Service) -> None:
     document = locked.app.openapi()
     open_routes = {
         (method.upper(), path)
@@ -433,7 +439,7 @@ def test_a_line_of_the_key_file_holds_no_secret() -> None:
     "name", ["%2e%2e", "..%2f..", "%2fetc", "a%00b", "x" * 300, ".hidden", "%ff", "a%0ab"]
 )
 @pytest.mark.parametrize("path", ["/models/{}/load", "/v2/repository/models/{}/load"])
-async def test_no_name_leads_out_of_the_store(
+async def test_no_model_name_leads_out_of_the_store(
     model_store: Path, tmp_path: Path, path: str, name: str
 ) -> None:
     store = tmp_path / "outer" / "store"

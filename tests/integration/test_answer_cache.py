@@ -1,4 +1,4 @@
-"""Answers that frontends keep, through HTTP."""
+"""The answer cache of the frontends, through HTTP."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ DIALECTS: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
 
 
 def caching(store: Path, **settings: Any) -> AbstractAsyncContextManager[Service]:
-    # A machine busy with other tests is not to change the level.
+    # On a busy machine the level could fall otherwise.
     chosen: dict[str, Any] = {"answer_cache_mib": 1, "quality_floor": "balanced", **settings}
     return service(store, **chosen)
 
@@ -64,7 +64,7 @@ def outcome(response: httpx.Response) -> str | None:
 
 
 def content(response: httpx.Response) -> Any:
-    """Return what an answer says, without what names the request."""
+    """Return the content of an answer without the fields that differ between requests."""
     if response.headers["content-type"] == ARROW:
         return pa.ipc.open_stream(response.content).read_all().to_pylist()
     body = response.json()
@@ -73,7 +73,7 @@ def content(response: httpx.Response) -> Any:
     return body
 
 
-async def test_every_dialect_answers_from_the_cache_as_it_did_before(model_store: Path) -> None:
+async def test_cached_answers_equal_computed_ones_in_every_dialect(model_store: Path) -> None:
     async with caching(model_store) as running:
         shared = running.app.state.shared
         for name, (path, body, headers) in DIALECTS.items():
@@ -87,7 +87,7 @@ async def test_every_dialect_answers_from_the_cache_as_it_did_before(model_store
             assert again.headers["x-quality"] == before.headers["x-quality"], name
 
 
-async def test_without_the_setting_nothing_is_kept(fresh: Service) -> None:
+async def test_nothing_is_cached_by_default(fresh: Service) -> None:
     for _ in range(2):
         assert outcome(await fresh.ask(TEXT)) is None
     shown = await fresh.scrape()
@@ -119,26 +119,28 @@ async def test_only_new_texts_are_computed(cached: Service) -> None:
     assert shown.total("cache_bytes") > 0
 
 
-async def test_kept_answers_need_no_engine(cached: Service) -> None:
+async def test_cached_answers_need_no_engine(cached: Service) -> None:
     await cached.ask(TEXTS, heads=HEADS)
     with held(cached.core):
         assert outcome(await cached.ask(TEXTS[::-1], heads=HEADS)) == "hit"
 
 
 @pytest.mark.parametrize("fields", [{"return_heads": True}, {"target_ms": 5000}], ids=str)
-async def test_some_requests_pass_the_cache_by(cached: Service, fields: dict[str, Any]) -> None:
+async def test_requests_with_some_fields_bypass_the_cache(
+    cached: Service, fields: dict[str, Any]
+) -> None:
     assert outcome(await cached.ask(TEXT)) == "miss"
     assert outcome(await cached.ask(TEXT, **fields)) is None
 
 
-async def test_tokens_pass_the_cache_by(cached: Service) -> None:
+async def test_token_inputs_bypass_the_cache(cached: Service) -> None:
     for _ in range(2):
         response = await cached.client.post(f"/v2/models/{TOPICS}/infer", json={"inputs": [IDS]})
         assert outcome(response) is None
 
 
-async def test_auto_is_the_level_in_force(model_store: Path) -> None:
-    """Nobody gets an answer of a lower level than the one that is in force."""
+async def test_auto_shares_the_cached_answers_of_the_level_in_force(model_store: Path) -> None:
+    """A cached answer of a lower level is not used while a higher level is in force."""
     options = EngineOptions(brownout_seconds=1e-9)
     async with caching(model_store, models=[TOPICS], options=options) as running:
         assert outcome(await running.ask(TEXT, quality="fast")) == "miss"
@@ -159,7 +161,9 @@ async def test_auto_is_the_level_in_force(model_store: Path) -> None:
         assert {(await task).status_code for task in waiting} == {200}
 
 
-async def test_a_text_is_named_by_its_place_in_the_whole_request(cached: Service) -> None:
+async def test_errors_number_texts_as_in_the_request_although_some_are_cached(
+    cached: Service,
+) -> None:
     await cached.ask([TEXT, OTHER])
     refused = {"truncate": False}
     error_of(await cached.ask([TEXT, OTHER, LONG], **refused), 422, "text_too_long", "input[2]")
@@ -167,7 +171,7 @@ async def test_a_text_is_named_by_its_place_in_the_whole_request(cached: Service
     error_of(await cached.ask([TEXT, LONG], **refused), 422, "text_too_long", "input[1]")
 
 
-async def test_failures_are_not_kept(cached: Service) -> None:
+async def test_failed_items_are_not_cached(cached: Service) -> None:
     bad = "cellist " * 20
     tokens = (await cached.item(bad, heads=1))["tokens"]
     await cached.ask(TEXT, heads=HEADS)
@@ -180,7 +184,7 @@ async def test_failures_are_not_kept(cached: Service) -> None:
     assert (await cached.scrape()).total("model_items_failed_total") == 1
 
 
-async def test_what_the_cache_holds_goes_with_the_version(store: Path) -> None:
+async def test_the_answers_of_a_version_are_dropped_with_it(store: Path) -> None:
     async with caching(store, models=["topics:1"]) as running:
         cache = running.app.state.shared.cache
         first = await running.answer(TEXT)
@@ -197,7 +201,7 @@ async def test_what_the_cache_holds_goes_with_the_version(store: Path) -> None:
 
 
 @pytest.mark.parametrize(("apart", "second"), [(False, "hit"), (True, "miss")])
-async def test_keys_may_have_answers_of_their_own(
+async def test_the_cache_can_be_separate_for_each_key(
     model_store: Path, apart: bool, second: str
 ) -> None:
     keys = {name: key(f"{name}-secret") for name in ("one", "two")}
@@ -214,7 +218,7 @@ async def test_keys_may_have_answers_of_their_own(
         ]  # fmt: skip
 
 
-async def test_each_frontend_has_its_own(model_store: Path) -> None:
+async def test_each_frontend_has_its_own_cache(model_store: Path) -> None:
     async with caching(model_store, models=[TOPICS], fronts=2) as running:
         (other,) = running.other_clients
         assert outcome(await running.ask(TEXT)) == "miss"
@@ -224,7 +228,7 @@ async def test_each_frontend_has_its_own(model_store: Path) -> None:
         assert (await running.scrape()).total("cache_bytes") == 2 * one
 
 
-async def test_a_trace_says_how_many_texts_were_kept(model_store: Path) -> None:
+async def test_traces_contain_cache_hits_and_misses(model_store: Path) -> None:
     exporter = InMemorySpanExporter()
     frontend = Tracing(exporter, "frontend", at_once=True)
     async with caching(model_store, models=[TOPICS], tracer_provider=frontend.provider) as running:
@@ -233,7 +237,7 @@ async def test_a_trace_says_how_many_texts_were_kept(model_store: Path) -> None:
         await running.ask([TEXT, OTHER])
     frontend.close()
     spans = exporter.get_finished_spans()
-    asked = [dict(span.attributes or {}) for span in spans if span.name == "POST /classify"]
-    counts = [(one["budgetformer.cache_hits"], one["budgetformer.cache_misses"]) for one in asked]
+    requests = [dict(span.attributes or {}) for span in spans if span.name == "POST /classify"]
+    counts = [(r["budgetformer.cache_hits"], r["budgetformer.cache_misses"]) for r in requests]
     assert counts == [(0, 1), (1, 1), (2, 0)]
     assert len([span for span in spans if span.name == "tokenize"]) == 2

@@ -61,7 +61,7 @@ async def ask(to: Service, given: Any, **fields: Any) -> pa.Table:
 
 
 def rows_of(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return what items of a JSON answer say, as an Arrow table says it."""
+    """Return the items of a JSON answer as rows of the Arrow table."""
     return [
         {
             "index": item["index"],
@@ -89,7 +89,7 @@ async def test_columns_and_their_types(shared: Service) -> None:
 
 
 @pytest.mark.parametrize("model", [TOPICS, TAGS, CHAINED, PICKY, PAIRS])
-async def test_rows_say_what_json_says(shared: Service, model: str) -> None:
+async def test_rows_equal_the_items_of_the_json_answer(shared: Service, model: str) -> None:
     given = [*TEXTS, LONG, {"text": TEXTS[0], "text_pair": TEXTS[1]}]
     answer = await shared.answer(given, model=model)
     table = await ask(shared, given, model=model)
@@ -106,24 +106,26 @@ async def test_one_text_is_one_row(shared: Service) -> None:
     assert table.schema.metadata[b"quality"] == b"1.5"
 
 
-async def test_logits_in_place_of_scores(shared: Service) -> None:
+async def test_without_activation_the_table_has_logits(shared: Service) -> None:
     answer = await shared.answer(TEXTS, use_activation=False)
     assert (await ask(shared, TEXTS, use_activation=False)).to_pylist() == rows_of(answer["data"])
 
 
-@pytest.mark.parametrize("wish", [{"top_k": 2}, {"threshold": 0.3}, {"top_k": 1, "threshold": 0.9}])
-async def test_the_best_labels_are_a_column_where_they_are_asked_for(
-    shared: Service, wish: dict[str, Any]
+@pytest.mark.parametrize(
+    "options", [{"top_k": 2}, {"threshold": 0.3}, {"top_k": 1, "threshold": 0.9}]
+)
+async def test_top_k_and_threshold_add_a_column_of_labels(
+    shared: Service, options: dict[str, Any]
 ) -> None:
-    answer = await shared.answer(TEXTS, model=TAGS, **wish)
-    table = await ask(shared, TEXTS, model=TAGS, **wish)
+    answer = await shared.answer(TEXTS, model=TAGS, **options)
+    table = await ask(shared, TEXTS, model=TAGS, **options)
     assert table.column("labels").to_pylist() == [
         [{"label": one["label"], "score": np.float32(one["score"])} for one in item["labels"]]
         for item in answer["data"]
     ]
 
 
-async def test_invocations_answer_alike(shared: Service) -> None:
+async def test_invocations_can_answer_with_arrow_too(shared: Service) -> None:
     response = await post(shared, TEXTS, "/invocations")
     assert pa.ipc.open_stream(response.content).read_all() == await ask(shared, TEXTS)
     response = await shared.client.post(
@@ -141,7 +143,7 @@ async def test_json_unless_arrow_is_preferred(shared: Service, accept: str) -> N
     assert response.json()["data"][0]["label"] == LABELS[0]
 
 
-async def test_errors_stay_json(shared: Service) -> None:
+async def test_errors_are_json(shared: Service) -> None:
     error_of(await post(shared, []), 422, "invalid_field", "input")
     error_of(await post(shared, "a", model="none"), 404, "unknown_model")
 
@@ -149,7 +151,7 @@ async def test_errors_stay_json(shared: Service) -> None:
 @pytest.mark.parametrize(
     ("field", "value"), [("raw_scores", False), ("raw_scores", True), ("return_heads", True)]
 )
-async def test_what_columns_cannot_hold_is_refused(
+async def test_options_without_a_column_are_refused(
     shared: Service, field: str, value: bool
 ) -> None:
     error = error_of(await post(shared, "a", **{field: value}), 422, "invalid_field", field)
@@ -157,7 +159,7 @@ async def test_what_columns_cannot_hold_is_refused(
 
 
 @pytest.mark.parametrize("path", ["/classify", "/invocations"])
-async def test_without_pyarrow_the_answer_says_what_to_install(
+async def test_without_pyarrow_the_error_names_the_extra_to_install(
     shared: Service, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     arrow_answer.pyarrow.cache_clear()
@@ -168,7 +170,7 @@ async def test_without_pyarrow_the_answer_says_what_to_install(
     assert (await ask(shared, "a")).num_rows == 1
 
 
-async def test_the_first_callers_may_come_together(shared: Service) -> None:
+async def test_the_first_requests_may_be_concurrent(shared: Service) -> None:
     arrow_answer.pyarrow.cache_clear()
     tables = await asyncio.gather(*(ask(shared, text) for text in TEXTS))
     assert [table.num_rows for table in tables] == [1] * len(TEXTS)
@@ -177,7 +179,7 @@ async def test_the_first_callers_may_come_together(shared: Service) -> None:
 class TestFailures:
     pytestmark = pytest.mark.asyncio(loop_scope="function")
 
-    async def test_a_text_that_fails_alone_is_a_row_of_nulls(self, fresh: Service) -> None:
+    async def test_a_failed_text_is_a_row_of_nulls(self, fresh: Service) -> None:
         items = (await fresh.answer(TEXTS, heads=HEADS))["data"]
         (model,) = fresh.core.models.values()
         with poison(model.network, items[0]["tokens"], "raise"):
@@ -196,7 +198,7 @@ class TestFailures:
             else:
                 assert (row["error"], row["label"]) == (None, item["label"])
 
-    async def test_if_every_text_fails_the_request_does(self, fresh: Service) -> None:
+    async def test_the_request_fails_if_all_texts_fail(self, fresh: Service) -> None:
         (item,) = (await fresh.answer(TEXTS[:1], heads=HEADS))["data"]
         (model,) = fresh.core.models.values()
         with poison(model.network, item["tokens"], "raise"):

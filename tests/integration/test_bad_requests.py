@@ -1,4 +1,4 @@
-"""What a client did wrong: status, shape, the field to blame, and never the text of an input."""
+"""Errors of clients: status, shape and field of the answer, and never the text of an input."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ async def send(shared: Service, content: bytes, path: str = "/classify") -> Any:
     return await shared.client.post(path, content=content, headers=JSON)
 
 
-MALFORMED = {
+MALFORMED_BODIES = {
     "nothing": b"",
     "white space": b"  \n",
     "half": b'{"input": "xyzzy plugh',
@@ -49,25 +49,25 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("path", ["/classify", "/tokenize"])
-@pytest.mark.parametrize("kind", MALFORMED)
-async def test_malformed_json(shared: Service, kind: str, path: str) -> None:
-    error = error_of(await send(shared, MALFORMED[kind], path), 400, "invalid_json")
+@pytest.mark.parametrize("kind", MALFORMED_BODIES)
+async def test_malformed_json_is_refused(shared: Service, kind: str, path: str) -> None:
+    error = error_of(await send(shared, MALFORMED_BODIES[kind], path), 400, "invalid_json")
     assert "xyzzy" not in error["message"]
     assert len(error["message"]) < 300
 
 
-async def test_escaped_surrogate_pairs_are_characters(shared: Service) -> None:
+async def test_escaped_surrogate_pairs_are_accepted(shared: Service) -> None:
     response = await send(shared, b'{"input": "\\ud83e\\udda6"}')
     assert response.status_code == 200
 
 
 @pytest.mark.parametrize("body", [b"[]", b'"text"', b"null", b"7", b"true", b'[{"input": "a"}]'])
-async def test_json_that_is_no_object(shared: Service, body: bytes) -> None:
+async def test_json_must_be_an_object(shared: Service, body: bytes) -> None:
     error_of(await send(shared, body), 422)
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/xml", "multipart/form-data; x=y", "x"])
-async def test_another_media_type(shared: Service, kind: str) -> None:
+async def test_other_media_types_are_refused(shared: Service, kind: str) -> None:
     response = await shared.client.post(
         "/classify", content=b'{"input": "a"}', headers={"Content-Type": kind}
     )
@@ -78,13 +78,13 @@ async def test_another_media_type(shared: Service, kind: str) -> None:
     "kind",
     ["application/json; charset=utf-8", "APPLICATION/JSON", "application/vnd.api+json", None],
 )
-async def test_kinds_of_json(shared: Service, kind: str | None) -> None:
+async def test_json_media_types_are_accepted(shared: Service, kind: str | None) -> None:
     headers = {"Content-Type": kind} if kind else {}
     response = await shared.client.post("/classify", content=b'{"input": "a"}', headers=headers)
     assert response.status_code == 200
 
 
-FIELDS = [
+INVALID_FIELDS = [
     ({}, "input"),
     ({"input": None}, "input"),
     ({"input": 5}, "input"),
@@ -132,8 +132,12 @@ FIELDS = [
 ]
 
 
-@pytest.mark.parametrize(("body", "param"), FIELDS, ids=lambda value: json.dumps(value)[:60])
-async def test_a_wrong_field(shared: Service, body: dict[str, Any], param: str | None) -> None:
+@pytest.mark.parametrize(
+    ("body", "param"), INVALID_FIELDS, ids=lambda value: json.dumps(value)[:60]
+)
+async def test_the_error_names_the_invalid_field(
+    shared: Service, body: dict[str, Any], param: str | None
+) -> None:
     error = error_of(await shared.client.post("/classify", json=body), 422)
     if param is None:
         assert str(error["param"]).startswith("input")
@@ -145,13 +149,13 @@ async def test_a_wrong_field(shared: Service, body: dict[str, Any], param: str |
 @pytest.mark.parametrize(
     "huge", [2**31, 2**63 - 1, 2**63, 10**30, 10**400], ids=lambda huge: f"{len(str(huge))} digits"
 )
-async def test_a_timeout_beyond_reason_is_no_server_error(shared: Service, huge: int) -> None:
+async def test_a_huge_timeout_causes_no_server_error(shared: Service, huge: int) -> None:
     response = await shared.ask("a", timeout_ms=huge)
     assert response.status_code in (200, 422)
 
 
 @pytest.mark.parametrize(
-    ("name", "near"),
+    ("name", "suggestion"),
     [
         ("imput", "input"),
         ("inputs", "input"),
@@ -166,11 +170,11 @@ async def test_a_timeout_beyond_reason_is_no_server_error(shared: Service, huge:
         ("modell", "model"),
     ],
 )
-async def test_an_unknown_field_with_the_nearest_known(
-    shared: Service, name: str, near: str
+async def test_the_error_suggests_the_most_similar_field(
+    shared: Service, name: str, suggestion: str
 ) -> None:
     error = error_of(await shared.ask("a", **{name: 1}), 422, "unknown_field", name)
-    assert f"did you mean {near!r}?" in error["message"]
+    assert f"did you mean {suggestion!r}?" in error["message"]
 
 
 @pytest.mark.parametrize(
@@ -188,7 +192,7 @@ async def test_an_unknown_field_with_the_nearest_known(
         "",
     ],
 )
-async def test_an_unknown_field_is_named_whatever_it_is_called(shared: Service, name: str) -> None:
+async def test_any_unknown_field_is_named_in_the_error(shared: Service, name: str) -> None:
     error = error_of(await shared.ask("a", **{name: 1}), 422, "unknown_field", name)
     assert repr(name) in error["message"]
 
@@ -200,12 +204,12 @@ async def test_an_unknown_field_is_named_whatever_it_is_called(shared: Service, 
         (["a", {"text": "a", "txt_pair": "b"}], "input[1].txt_pair"),
     ],
 )
-async def test_an_unknown_field_of_an_item(shared: Service, given: Any, param: str) -> None:
+async def test_unknown_fields_of_items_are_refused(shared: Service, given: Any, param: str) -> None:
     error = error_of(await shared.ask(given), 422, "unknown_field", param)
     assert "did you mean 'text_pair'?" in error["message"]
 
 
-async def test_an_unknown_field_of_tokenize(shared: Service) -> None:
+async def test_unknown_fields_of_tokenize_are_refused(shared: Service) -> None:
     response = await shared.client.post("/tokenize", json={"input": "a", "modle": "topics"})
     error = error_of(response, 422, "unknown_field", "modle")
     assert "did you mean 'model'?" in error["message"]
@@ -213,7 +217,7 @@ async def test_an_unknown_field_of_tokenize(shared: Service) -> None:
 
 @pytest.mark.parametrize("path", ["/classify", "/tokenize"])
 @pytest.mark.parametrize("model", ["nothing", "topics:1", "topics:x", "topics:", ":2", "", "../x"])
-async def test_an_unknown_model(shared: Service, path: str, model: str) -> None:
+async def test_unknown_models_are_refused(shared: Service, path: str, model: str) -> None:
     response = await shared.client.post(path, json={"input": "a", "model": model})
     if model in ("topics:", ""):
         assert response.status_code in (200, 404)
@@ -221,7 +225,7 @@ async def test_an_unknown_model(shared: Service, path: str, model: str) -> None:
     error_of(response, 404, "unknown_model", "model")
 
 
-async def test_an_unknown_model_names_those_that_are_served(shared: Service) -> None:
+async def test_the_error_about_an_unknown_model_lists_the_served_models(shared: Service) -> None:
     error = error_of(await shared.ask("a", model="topisc"), 404)
     assert "topics" in error["message"]
 
@@ -239,7 +243,7 @@ async def test_an_unknown_model_names_those_that_are_served(shared: Service) -> 
         ("GET", "/models/topics/load", 405),
     ],
 )
-async def test_an_unknown_route_or_method(
+async def test_unknown_routes_and_methods_are_refused(
     shared: Service, method: str, path: str, status: int
 ) -> None:
     response = await shared.client.request(method, path)
@@ -248,7 +252,9 @@ async def test_an_unknown_route_or_method(
 
 
 class TestSizes:
-    async def test_a_declared_body_too_large_is_refused_unread(self, shared: Service) -> None:
+    async def test_a_body_with_a_large_content_length_is_refused_unread(
+        self, shared: Service
+    ) -> None:
         headers = JSON | {"Content-Length": str(64 * 2**20)}
 
         async def body() -> AsyncIterator[bytes]:
@@ -274,7 +280,7 @@ class TestSizes:
         assert "content-length" not in response.request.headers
         assert sent == 2**20
 
-    async def test_a_streamed_body_within_the_limit_is_read(self, shared: Service) -> None:
+    async def test_a_streamed_body_within_the_limit_is_accepted(self, shared: Service) -> None:
         async def body() -> AsyncIterator[bytes]:
             yield b'{"input": '
             yield b'"a text"}'
@@ -282,29 +288,29 @@ class TestSizes:
         response = await shared.client.post("/classify", content=body(), headers=JSON)
         assert response.status_code == 200
 
-    async def test_the_limit_itself_is_taken(self, shared: Service) -> None:
+    async def test_a_body_of_exactly_the_limit_is_accepted(self, shared: Service) -> None:
         body = b'{"input": "a"}'.ljust(500_000)
         assert (await send(shared, body)).status_code == 200
         error_of(await send(shared, body + b" "), 413)
 
     @pytest.mark.parametrize("path", ["/classify", "/tokenize"])
-    async def test_too_many_items(self, shared: Service, path: str) -> None:
+    async def test_too_many_items_are_refused(self, shared: Service, path: str) -> None:
         response = await shared.client.post(path, json={"input": ["a"] * 65})
         error = error_of(response, 413, "too_many_items", "input")
         assert "64" in error["message"]
 
-    async def test_as_many_items_as_allowed(self, shared: Service) -> None:
+    async def test_exactly_as_many_items_as_allowed_are_accepted(self, shared: Service) -> None:
         assert len((await shared.answer(["a"] * 64))["data"]) == 64
 
-    async def test_a_text_with_too_many_characters(self, shared: Service) -> None:
+    async def test_a_text_with_too_many_characters_is_refused(self, shared: Service) -> None:
         error = error_of(await shared.ask(["a", "b" * 10_001]), 422, param="input[1]")
         assert "10000" in error["message"]
 
-    async def test_a_pair_with_too_many_characters_together(self, shared: Service) -> None:
+    async def test_the_characters_of_both_texts_of_a_pair_count(self, shared: Service) -> None:
         given = {"text": "a" * 6000, "text_pair": "b" * 6000}
         error_of(await shared.ask(["a", "a", given]), 422, param="input[2]")
 
-    async def test_a_long_text_that_must_not_be_cut(self, shared: Service) -> None:
+    async def test_without_truncation_a_long_text_is_refused(self, shared: Service) -> None:
         error = error_of(await shared.ask(["a", "b " * 100], truncate=False), 422)
         assert error["param"] == "input[1]"
         assert "input[1]" in error["message"]
@@ -327,7 +333,7 @@ class TestSizes:
     ],
     ids=range(10),
 )
-async def test_an_error_never_repeats_the_text(shared: Service, body: Any) -> None:
+async def test_errors_never_contain_the_text(shared: Service, body: Any) -> None:
     response = await shared.client.post("/classify", json=body)
     assert response.status_code in (413, 422)
     assert "xyzzy" not in response.text

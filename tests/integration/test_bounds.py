@@ -1,4 +1,4 @@
-"""What one request can cost: memory, time past its deadline, and what it changes for others."""
+"""Limits on what one request can cost: tokenization, deadlines, number of values, rate limits."""
 
 from __future__ import annotations
 
@@ -25,44 +25,44 @@ LONG = "the otter slept " * 500
 HUGE = [2**31, 2**53, 2**63, 10**30, 10**400]
 
 
-class Steps:
-    """The steps of every text's tokenization, each held until it is let go."""
+class PausedTokenization:
+    """Tokenization in which every step waits for the gate."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.begun = 0
+        self.started = 0
         self.gate = threading.Semaphore(0)
-        whole = TextEncoder.steps
+        unpaused = TextEncoder.steps
 
-        def held(encoder: TextEncoder, texts: list[Text]) -> Iterator[list[Tokens]]:
-            for finished in whole(encoder, texts):
-                self.begun += 1
+        def paused(encoder: TextEncoder, texts: list[Text]) -> Iterator[list[Tokens]]:
+            for finished in unpaused(encoder, texts):
+                self.started += 1
                 self.gate.acquire(timeout=60)
                 yield finished
 
-        monkeypatch.setattr(TextEncoder, "steps", held)
+        monkeypatch.setattr(TextEncoder, "steps", paused)
 
 
 @pytest.mark.parametrize("path", ["/classify", "/tokenize"])
-async def test_no_step_begins_after_the_deadline(
+async def test_tokenization_stops_at_the_deadline(
     model_store: Path, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     async with service(model_store, models=[TOPICS], timeout_ms=200) as running:
-        steps = Steps(monkeypatch)
+        tokenization = PausedTokenization(monkeypatch)
         response = await running.client.post(path, json={"input": [LONG] * 50})
         error_of(response, 504, param="timeout_ms")
-        assert steps.begun == 1
-        steps.gate.release()
+        assert tokenization.started == 1
+        tokenization.gate.release()
         monkeypatch.undo()
         assert await running.answer("a")
-        assert steps.begun == 1
+        assert tokenization.started == 1
 
 
 @pytest.mark.parametrize("path", ["/classify", "/tokenize"])
-async def test_no_step_begins_after_the_client_went(
+async def test_tokenization_stops_when_the_client_disconnects(
     model_store: Path, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     async with service(model_store, models=[TOPICS]) as running:
-        steps = Steps(monkeypatch)
+        tokenization = PausedTokenization(monkeypatch)
         gone = asyncio.Event()
         sent = [{"type": "http.request", "body": json.dumps({"input": [LONG] * 50}).encode()}]
 
@@ -73,20 +73,20 @@ async def test_no_step_begins_after_the_client_went(
             return {"type": "http.disconnect"}
 
         async def send(_: Any) -> None:
-            pytest.fail("nobody is there")
+            pytest.fail("an answer was sent to a closed connection")
 
         scope = {
             "type": "http", "method": "POST", "path": path, "raw_path": path.encode(),
             "query_string": b"", "headers": [], "http_version": "1.1", "scheme": "http",
         }  # fmt: skip
         asking = asyncio.create_task(running.app(scope, receive, send))  # type: ignore[arg-type]
-        await until(lambda: steps.begun == 1, "the first step")
+        await until(lambda: tokenization.started == 1, "the first step")
         gone.set()
         await asking
-        steps.gate.release()
+        tokenization.gate.release()
         monkeypatch.undo()
         assert await running.answer("a")
-        assert steps.begun == 1
+        assert tokenization.started == 1
 
 
 class TestDeadlines:
@@ -94,7 +94,7 @@ class TestDeadlines:
     @pytest.mark.parametrize(
         "huge", [3_600_001, *HUGE], ids=lambda huge: f"{len(str(huge))} digits"
     )
-    async def test_a_later_deadline_than_the_server_accepts(
+    async def test_deadlines_beyond_the_maximum_are_refused(
         self, shared: Service, field: str, huge: int
     ) -> None:
         error_of(await shared.ask("a", **{field: huge}), 422, param=field)
@@ -113,18 +113,20 @@ class TestDeadlines:
             ),
         ],
     )
-    async def test_in_every_dialect(self, shared: Service, path: str, body: Any) -> None:
+    async def test_deadlines_beyond_the_maximum_are_refused_in_every_dialect(
+        self, shared: Service, path: str, body: Any
+    ) -> None:
         response = await shared.client.post(path, json=body)
         assert response.status_code == 422
         assert "3600000" in response.text
 
-    async def test_the_setting_says_which_is_the_latest(self, model_store: Path) -> None:
+    async def test_max_timeout_ms_sets_the_maximum(self, model_store: Path) -> None:
         limits = {"timeout_ms": 1000, "max_timeout_ms": 20_000}
         async with service(model_store, models=[TOPICS], **limits) as running:
             assert await running.answer("a", timeout_ms=20_000)
             error_of(await running.ask("a", timeout_ms=20_001), 422, param="timeout_ms")
 
-    async def test_the_latest_one_changes_nothing_for_others(self, model_store: Path) -> None:
+    async def test_a_long_deadline_does_not_prevent_load_shedding(self, model_store: Path) -> None:
         async with service(model_store, models=[TOPICS], timeout_ms=1000) as running:
             assert await running.answer("a", timeout_ms=3_600_000)
             shedding = running.app.state.shared.admission.shedding
@@ -134,18 +136,18 @@ class TestDeadlines:
 
     @pytest.mark.parametrize("field", ["top_k", "heads", "max_heads", "priority"])
     @pytest.mark.parametrize("huge", HUGE, ids=lambda huge: f"{len(str(huge))} digits")
-    async def test_other_numbers_without_reason(
+    async def test_other_huge_numbers_cause_no_server_error(
         self, shared: Service, field: str, huge: int
     ) -> None:
         assert (await shared.ask("a", **{field: huge})).status_code in (200, 400, 422)
 
 
-class TestValues:
+class TestNumberOfValues:
     """The service takes 64 items of 10,000 characters; no body is larger than 500,000 bytes."""
 
     @pytest.mark.parametrize("unit", ["[]", "{}", '""', "1", '{"text":""}', '"a":1', "[[]]"])
     @pytest.mark.parametrize("path", ["/classify", "/predict", "/tokenize", "/invocations"])
-    async def test_more_values_than_any_request_needs(
+    async def test_bodies_with_too_many_json_values_are_refused(
         self, shared: Service, path: str, unit: str
     ) -> None:
         many = ",".join([unit] * (400_000 // (len(unit) + 1)))
@@ -154,12 +156,14 @@ class TestValues:
         assert response.status_code == 413
         assert len(response.content) < 300
 
-    async def test_what_stands_in_texts_is_not_counted(self, shared: Service) -> None:
+    async def test_brackets_and_commas_in_texts_are_not_counted(self, shared: Service) -> None:
         text = '[{"a", \\ "b"}],' * 600
         assert len((await shared.answer([text] * 30))["data"]) == 30
 
     @pytest.mark.parametrize("rest", ["", "x", '"', '"\\"\\"\\"', '"' + "\\\\" * 9])
-    async def test_what_is_not_json_is_said_to_be_so(self, shared: Service, rest: str) -> None:
+    async def test_invalid_json_with_many_commas_is_reported_as_invalid(
+        self, shared: Service, rest: str
+    ) -> None:
         body = '{"input": ["a" ' + "," * 5000 + rest
         error_of(await shared.client.post("/classify", content=body.encode()), 400, "invalid_json")
 
@@ -182,7 +186,7 @@ class TestValues:
     ],
     ids=range(9),
 )
-async def test_an_error_about_a_long_name_is_short(shared: Service, path: str, body: Any) -> None:
+async def test_errors_about_long_names_are_short(shared: Service, path: str, body: Any) -> None:
     response = await shared.client.post(path, json=body)
     assert response.status_code in (404, 422)
     assert len(response.content) < 1000
@@ -198,16 +202,14 @@ REFUSED = [
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def metered(model_store: Path) -> AsyncIterator[Service]:
-    kept = Key(sha256=digest(b"secret"), texts_per_second=0.001, burst=5)
-    async with service(model_store, models=[TOPICS], keys={"web": kept}) as running:
+    rate_limited = Key(sha256=digest(b"secret"), texts_per_second=0.001, burst=5)
+    async with service(model_store, models=[TOPICS], keys={"web": rate_limited}) as running:
         running.client.headers["X-API-Key"] = "secret"
         yield running
 
 
 class TestRates:
-    async def test_a_refused_request_costs_nothing_and_an_answered_one_what_it_holds(
-        self, metered: Service
-    ) -> None:
+    async def test_only_answered_texts_count_against_the_rate_limit(self, metered: Service) -> None:
         for body, status in REFUSED * 2:
             response = await metered.client.post("/classify", json=body)
             assert response.status_code == status

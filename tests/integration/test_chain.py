@@ -20,7 +20,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 TEXTS = [text for text, _ in labelled_sentences()]
 LEVELS = ("fast", "balanced", "best")
 NUMBERS = (100, 4, 3.5, 3, 2.5, 2, 1.5, 1, 0.75, 0.5, 0.25, 0)
-"""Points given up, from the cheapest to the dearest."""
+"""Qualities in points of accuracy given up, from the cheapest to the most expensive."""
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def chained(model_store: Path) -> Checkpoint:
 
 
 async def ask(to: Service, **fields: Any) -> list[dict[str, Any]]:
-    """Ask for all sentences, in as many requests as it takes."""
+    """Classify all sentences, in requests of at most 60."""
     items: list[dict[str, Any]] = []
     for start in range(0, len(TEXTS), 60):
         answer = await to.answer(TEXTS[start : start + 60], model=CHAINED, **fields)
@@ -54,7 +54,7 @@ async def test_no_text_costs_less_at_a_higher_level(shared: Service) -> None:
     assert seen == {(0,), (0, 1), (0, 2), (0, 1, 2)}
 
 
-async def test_a_number_moves_the_threshold_continuously(
+async def test_lower_numbers_raise_cost_and_threshold_gradually(
     shared: Service, chained: Checkpoint
 ) -> None:
     items = [await ask(shared, quality=points) for points in NUMBERS]
@@ -72,7 +72,7 @@ async def test_a_number_moves_the_threshold_continuously(
     assert len(set(means)) > len(LEVELS)
 
 
-async def test_every_answer_states_the_steps_and_what_f_o_predicted(
+async def test_answers_contain_the_steps_and_the_prediction_of_f_o(
     shared: Service, chained: Checkpoint
 ) -> None:
     network = load_network(chained, "cpu", "float32")
@@ -87,36 +87,36 @@ async def test_every_answer_states_the_steps_and_what_f_o_predicted(
             assert item["macs"] == step_macs(network.config, ran, item["tokens"])
 
 
-async def test_a_ceiling_cuts_the_chain(shared: Service) -> None:
+async def test_max_heads_shortens_the_chain(shared: Service) -> None:
     for item in await ask(shared, quality="best", max_heads=1):
         assert steps(item) == [0, 1]
     for item in await ask(shared, quality="best", max_heads=0):
         assert (steps(item), item["heads"]["predicted"]) == ([0], 0)
 
 
-async def test_shares_at_each_step_are_those_of_calibration(
+async def test_the_shares_of_final_steps_are_those_of_calibration(
     shared: Service, chained: Checkpoint
 ) -> None:
     for level in LEVELS:
-        found = Counter(item["heads"]["budget"] for item in await ask(shared, quality=level))
-        shares = {step: count / len(TEXTS) for step, count in found.items()}
+        counts = Counter(item["heads"]["budget"] for item in await ask(shared, quality=level))
+        shares = {step: count / len(TEXTS) for step, count in counts.items()}
         assert shares == pytest.approx(dict(chained.manifest.named_levels[level].budgets))
 
 
 @pytest.mark.parametrize("quality", ["balanced", 1.5, 0.4])
-async def test_metrics_expect_what_calibration_saw(
+async def test_the_expected_items_in_metrics_come_from_calibration(
     model_store: Path, chained: Checkpoint, quality: str | float
 ) -> None:
     async with service(model_store, models=[CHAINED], default_model=CHAINED) as own:
-        found = Counter(str(item["heads"]["budget"]) for item in await ask(own, quality=quality))
-        shown = await own.scrape()
-    assert shown.by("budget", "items_total", model=CHAINED) == dict(found)
+        counts = Counter(str(item["heads"]["budget"]) for item in await ask(own, quality=quality))
+        metrics = await own.scrape()
+    assert metrics.by("budget", "items_total", model=CHAINED) == dict(counts)
     shares = chained.rule(quality).expected_budgets() or {}
     expected = {str(step): share * len(TEXTS) for step, share in shares.items() if share}
-    assert shown.by("budget", "items_expected_total", model=CHAINED) == pytest.approx(expected)
+    assert metrics.by("budget", "items_expected_total", model=CHAINED) == pytest.approx(expected)
 
 
-async def test_tensors_state_the_steps(shared: Service) -> None:
+async def test_kserve_answers_contain_the_steps(shared: Service) -> None:
     text = {"name": "text", "shape": [20, 1], "datatype": "BYTES", "data": TEXTS[:20]}
     body = {"inputs": [text], "parameters": {"quality": "best"}}
     response = await shared.client.post(f"/v2/models/{CHAINED}/infer", json=body)

@@ -1,6 +1,6 @@
-"""The client against a server that answers as told: splitting, retries, deadlines, progress.
+"""The client against a scripted server: inputs, splitting, retries, deadlines, progress.
 
-Against the service itself it is tested in tests/e2e/test_client.py.
+tests/e2e/test_client.py tests it against the service.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ JITTER = Retry().jitter
 
 
 class Clock:
-    """Time that passes only when somebody sleeps."""
+    """A clock that only advances by `sleep`, and records the waits."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -57,15 +57,15 @@ class Clock:
         self.sleep(seconds)
 
 
-class Both:
-    """The blocking and the awaiting client behind one face."""
+class EitherClient:
+    """The blocking or the asynchronous client behind one interface."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self.clock = Clock()
 
     def run(self, url: str, *call: Any, method: str = "classify", **settings: Any) -> Any:
-        """Make a client with some settings, call it, close it."""
+        """Call a method of a new client with these settings."""
         fields = settings.pop("fields", {})
         common = {"clock": self.clock, "chance": lambda: 0.5, **settings}
         if self.kind == "blocking":
@@ -80,8 +80,8 @@ class Both:
 
 
 @pytest.fixture(params=["blocking", "awaiting"])
-def both(request: pytest.FixtureRequest) -> Both:
-    return Both(request.param)
+def either(request: pytest.FixtureRequest) -> EitherClient:
+    return EitherClient(request.param)
 
 
 def echo(_: int, body: dict[str, Any]) -> Reply:
@@ -94,8 +94,8 @@ def echoing() -> Iterator[Scripted]:
         yield server
 
 
-def first(*replies: Reply) -> Callable[[int, dict[str, Any]], Reply]:
-    """Answer with these, and then as one should."""
+def replies_first(*replies: Reply) -> Callable[[int, dict[str, Any]], Reply]:
+    """Answer with these replies first, and then correctly."""
     return lambda number, body: replies[number] if number < len(replies) else echo(number, body)
 
 
@@ -104,8 +104,8 @@ def labels(results: Any) -> list[str]:
 
 
 class TestResults:
-    def test_they_are_typed_and_come_in_order(self, both: Both, echoing: Scripted) -> None:
-        results = both.run(echoing.url, TEXTS)
+    def test_results_are_typed_and_in_order(self, either: EitherClient, echoing: Scripted) -> None:
+        results = either.run(echoing.url, TEXTS)
         assert labels(results) == TEXTS
         assert [result.index for result in results] == list(range(len(TEXTS)))
         assert results[3] == Classification(
@@ -114,41 +114,45 @@ class TestResults:
             dense_macs=100, tokens=3, truncated=False, quality="auto", model="echo:1",
         )  # fmt: skip
 
-    def test_one_text_gives_one_result(self, both: Both, echoing: Scripted) -> None:
-        assert labels(both.run(echoing.url, "alone")) == ["alone"]
-        assert labels(both.run(echoing.url, ("a", "b"))) == ["a+b"]
-        assert labels(both.run(echoing.url, {"text": "a", "text_pair": "b"})) == ["a+b"]
+    def test_one_text_gives_one_result(self, either: EitherClient, echoing: Scripted) -> None:
+        assert labels(either.run(echoing.url, "alone")) == ["alone"]
+        assert labels(either.run(echoing.url, ("a", "b"))) == ["a+b"]
+        assert labels(either.run(echoing.url, {"text": "a", "text_pair": "b"})) == ["a+b"]
 
-    def test_no_text_asks_nothing(self, both: Both, echoing: Scripted) -> None:
-        assert both.run(echoing.url, []) == []
+    def test_without_texts_no_request_is_sent(
+        self, either: EitherClient, echoing: Scripted
+    ) -> None:
+        assert either.run(echoing.url, []) == []
         assert echoing.bodies == []
 
-    def test_an_item_that_fails_alone_stands_among_the_others(
-        self, both: Both, echoing: Scripted
+    def test_a_failed_item_is_a_failure_among_the_results(
+        self, either: EitherClient, echoing: Scripted
     ) -> None:
-        results = both.run(echoing.url, [*TEXTS[:5], "broken", "last"], batch_items=4)
+        results = either.run(echoing.url, [*TEXTS[:5], "broken", "last"], batch_items=4)
         assert results[5] == Failure(5, "input[5]: it failed", "item_failed")
         assert labels([*results[:5], results[6]]) == [*TEXTS[:5], "last"]
 
-    def test_options_are_sent_as_they_are(self, both: Both, echoing: Scripted) -> None:
-        both.run(echoing.url, "a", fields={"quality": 1.5, "return_heads": True, "model": "m"})
+    def test_options_are_sent_unchanged(self, either: EitherClient, echoing: Scripted) -> None:
+        either.run(echoing.url, "a", fields={"quality": 1.5, "return_heads": True, "model": "m"})
         (body,) = echoing.bodies
         del body["timeout_ms"]
         assert body == {"input": ["a"], "quality": 1.5, "return_heads": True, "model": "m"}
 
 
 class TestSplitting:
-    def test_by_items(self, both: Both, echoing: Scripted) -> None:
-        assert labels(both.run(echoing.url, TEXTS, batch_items=5)) == TEXTS
+    def test_requests_have_at_most_batch_items_texts(
+        self, either: EitherClient, echoing: Scripted
+    ) -> None:
+        assert labels(either.run(echoing.url, TEXTS, batch_items=5)) == TEXTS
         assert sorted(len(body["input"]) for body in echoing.bodies) == [3, 5, 5, 5, 5]
 
-    def test_by_characters(self) -> None:
+    def test_requests_have_a_limited_number_of_characters(self) -> None:
         texts = ["a" * 4, "b" * 4, ("c" * 5, "d" * 5), {"text": "e" * 30, "text_pair": ""}, "f"]
         chunks = list(split(drawn(texts), Limits(items=100, characters=10)))
         assert [chunk.start for chunk in chunks] == [0, 2, 3, 4]
         assert [len(chunk.texts) for chunk in chunks] == [2, 1, 1, 1]
 
-    def test_no_more_requests_are_in_flight_than_allowed(self, both: Both) -> None:
+    def test_concurrency_limits_the_requests_in_flight(self, either: EitherClient) -> None:
         lock, barrier = Lock(), Barrier(3)
         now, most = 0, 0
 
@@ -163,16 +167,16 @@ class TestSplitting:
             return echo(number, body)
 
         with scripted(together) as server:
-            results = both.run(server.url, TEXTS[:18], batch_items=2, concurrency=3)
+            results = either.run(server.url, TEXTS[:18], batch_items=2, concurrency=3)
         assert labels(results) == TEXTS[:18]
         assert most == 3
 
-    def test_connections_are_used_again(self, both: Both, echoing: Scripted) -> None:
-        both.run(echoing.url, TEXTS, batch_items=1, concurrency=2)
+    def test_connections_are_reused(self, either: EitherClient, echoing: Scripted) -> None:
+        either.run(echoing.url, TEXTS, batch_items=1, concurrency=2)
         assert len(echoing.bodies) == len(TEXTS)
         assert len(echoing.connections) <= 2
 
-    def test_texts_are_drawn_as_they_are_needed(self, echoing: Scripted) -> None:
+    def test_a_stream_draws_texts_as_they_are_needed(self, echoing: Scripted) -> None:
         drawn = 0
 
         def endless() -> Iterator[str]:
@@ -187,21 +191,21 @@ class TestSplitting:
             stream.close()
         assert drawn <= 40
 
-    async def test_a_stream_can_be_left(self, echoing: Scripted) -> None:
+    async def test_an_asynchronous_stream_can_be_closed_early(self, echoing: Scripted) -> None:
         async with AsyncClient(echoing.url, batch_items=1, concurrency=2) as client:
             stream = client.stream(TEXTS)
             assert labels([await anext(stream), await anext(stream)]) == TEXTS[:2]
             await stream.aclose()
         assert len(echoing.bodies) < len(TEXTS)
 
-    def test_places_in_errors_are_those_of_the_caller(self, both: Both) -> None:
+    def test_errors_number_texts_as_in_the_call(self, either: EitherClient) -> None:
         def refuse(number: int, body: dict[str, Any]) -> Reply:
             if TEXTS[11] in body["input"]:
                 return refusal(422, "text_too_long")
             return echo(number, body)
 
         with scripted(refuse) as server, pytest.raises(ServerError) as caught:
-            both.run(server.url, TEXTS, batch_items=10)
+            either.run(server.url, TEXTS, batch_items=10)
         error = caught.value
         assert (error.status, error.code, error.param) == (422, "text_too_long", "input[11]")
         assert error.message == "text_too_long at input[11]"
@@ -209,7 +213,7 @@ class TestSplitting:
 
 
 class Series:
-    """A column as pandas has it, which is neither a list nor a sequence."""
+    """A column like that of pandas, which is neither a list nor a sequence."""
 
     ndim = 1
 
@@ -234,14 +238,18 @@ class TestInputs:
         ],
         ids=range(9),
     )  # fmt: skip
-    def test_whatever_yields_texts(self, both: Both, echoing: Scripted, given: Any) -> None:
-        shown = [label.removesuffix("+-") for label in labels(both.run(echoing.url, given()))]
+    def test_any_iterable_of_texts_is_accepted(
+        self, either: EitherClient, echoing: Scripted, given: Any
+    ) -> None:
+        shown = [label.removesuffix("+-") for label in labels(either.run(echoing.url, given()))]
         assert shown == ["a", "b"]
 
     @pytest.mark.parametrize("given", [[], (), iter([]), np.array([], dtype=str), Series([])])
-    def test_no_texts(self, both: Both, echoing: Scripted, given: Any) -> None:
-        assert both.run(echoing.url, given) == []
-        assert both.run(echoing.url, given, method="__call__") == []
+    def test_any_empty_iterable_gives_no_results(
+        self, either: EitherClient, echoing: Scripted, given: Any
+    ) -> None:
+        assert either.run(echoing.url, given) == []
+        assert either.run(echoing.url, given, method="__call__") == []
 
     @pytest.mark.parametrize(
         ("bad", "told"),
@@ -267,13 +275,13 @@ class TestInputs:
         ],
         ids=range(18),
     )
-    def test_what_is_no_text_is_named_before_anything_is_sent(
-        self, both: Both, echoing: Scripted, bad: Any, told: str
+    def test_values_that_are_no_texts_are_reported_before_sending(
+        self, either: EitherClient, echoing: Scripted, bad: Any, told: str
     ) -> None:
         given = [*TEXTS[:19], bad, *TEXTS[:3], None]
         for wrap in (list, iter, Series):
             with pytest.raises(InputError, match=told) as caught:
-                both.run(echoing.url, wrap(given), batch_items=2)
+                either.run(echoing.url, wrap(given), batch_items=2)
             assert "\n" not in str(caught.value)
         assert echoing.bodies == []
 
@@ -286,14 +294,16 @@ class TestInputs:
         ids=range(13),
     )  # fmt: skip
     @pytest.mark.parametrize("method", ["classify", "__call__"])
-    def test_one_value_that_is_no_text(
-        self, both: Both, echoing: Scripted, given: Any, method: str
+    def test_single_values_that_are_no_texts_are_reported(
+        self, either: EitherClient, echoing: Scripted, given: Any, method: str
     ) -> None:
         with pytest.raises(InputError, match=r"input(\[0\])?"):
-            both.run(echoing.url, given, method=method)
+            either.run(echoing.url, given, method=method)
         assert echoing.bodies == []
 
-    def test_a_stream_names_it_when_it_is_drawn(self, echoing: Scripted) -> None:
+    def test_a_stream_reports_a_value_that_is_no_text_when_it_is_drawn(
+        self, echoing: Scripted
+    ) -> None:
         with Client(echoing.url, batch_items=1, concurrency=1) as client:
             stream = client.stream(iter([*TEXTS[:5], None]))
             assert next(stream).label == TEXTS[0]
@@ -303,9 +313,11 @@ class TestInputs:
     @pytest.mark.parametrize(
         "options", [{"quality": float("nan")}, {"quality": b"best"}, {"top_k": {1}}], ids=str
     )
-    def test_an_option_that_is_no_json(self, both: Both, echoing: Scripted, options: Any) -> None:
+    def test_options_that_are_not_valid_json_are_reported(
+        self, either: EitherClient, echoing: Scripted, options: Any
+    ) -> None:
         with pytest.raises(InputError, match=next(iter(options))):
-            both.run(echoing.url, "a", fields=options)
+            either.run(echoing.url, "a", fields=options)
         assert echoing.bodies == []
 
 
@@ -321,17 +333,17 @@ class TestServerLimits:
         return reply
 
     @pytest.mark.parametrize("items", [1, 4, 9])
-    def test_fewer_items_are_sent_where_the_server_takes_fewer(
-        self, both: Both, items: int
+    def test_requests_are_split_at_the_limit_of_the_server(
+        self, either: EitherClient, items: int
     ) -> None:
         given = [*TEXTS, "broken", *TEXTS]
         with scripted(self.at_most(items)) as server:
-            results = both.run(server.url, given, batch_items=16)
+            results = either.run(server.url, given, batch_items=16)
         assert [result.index for result in results] == list(range(len(given)))
         assert results[23] == Failure(23, "input[23]: it failed", "item_failed")
         assert labels([*results[:23], *results[24:]]) == [*TEXTS, *TEXTS]
 
-    def test_the_limit_is_learned(self) -> None:
+    def test_the_limit_of_the_server_is_remembered(self) -> None:
         told: list[tuple[int, int | None]] = []
         with scripted(self.at_most(5)) as server, Client(server.url, concurrency=1) as client:
             client.classify(TEXTS, progress=lambda *done: told.append(done))
@@ -342,12 +354,14 @@ class TestServerLimits:
         assert refused == [23, 11, 5, 5, 1, 5, 5, 1, 1]
         assert again == [5, 5, 5, 5, 3]
 
-    def test_a_body_that_is_too_large_is_split_without_a_lesson(self, both: Both) -> None:
+    def test_too_large_bodies_are_split_without_remembering_a_limit(
+        self, either: EitherClient
+    ) -> None:
         with scripted(self.at_most(5, "body_too_large")) as server:
-            assert labels(both.run(server.url, TEXTS, batch_items=10)) == TEXTS
+            assert labels(either.run(server.url, TEXTS, batch_items=10)) == TEXTS
             assert sorted(len(body["input"]) for body in server.bodies) == [3, 5, 5, 5, 5, 10, 10]
 
-    def test_places_in_errors_stay_the_callers(self, both: Both) -> None:
+    def test_after_a_split_errors_number_texts_as_in_the_call(self, either: EitherClient) -> None:
         take = self.at_most(4)
 
         def refuse(number: int, body: dict[str, Any]) -> Reply:
@@ -358,13 +372,13 @@ class TestServerLimits:
             return take(number, body)
 
         with scripted(refuse) as server, pytest.raises(ServerError, match=r"bad input\[11\]"):
-            both.run(server.url, TEXTS, batch_items=20)
+            either.run(server.url, TEXTS, batch_items=20)
 
 
 class TestProxies:
-    """Variables that send requests elsewhere; a proxy that answers nothing stands for all."""
+    """Environment variables for proxies; nothing listens at the proxies that they name."""
 
-    NOWHERE = "http://user:hidden@127.0.0.1:9"
+    CLOSED_PROXY = "http://user:hidden@127.0.0.1:9"
 
     @pytest.fixture(autouse=True)
     def _no_variables(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -374,23 +388,29 @@ class TestProxies:
     @pytest.mark.parametrize(
         ("name", "value"),
         [
-            ("HTTP_PROXY", NOWHERE), ("http_proxy", NOWHERE), ("ALL_PROXY", NOWHERE),
+            ("HTTP_PROXY", CLOSED_PROXY), ("http_proxy", CLOSED_PROXY), ("ALL_PROXY", CLOSED_PROXY),
             ("all_proxy", "socks5://127.0.0.1:9"), ("ALL_PROXY", "socks://127.0.0.1:9"),
             ("HTTPS_PROXY", "nonsense"),
         ],
     )  # fmt: skip
     @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
-    def test_a_server_on_this_host_is_asked_itself(
-        self, both: Both, echoing: Scripted, monkeypatch: Any, name: str, value: str, host: str
+    def test_servers_on_this_host_are_reached_without_the_proxy(
+        self,
+        either: EitherClient,
+        echoing: Scripted,
+        monkeypatch: Any,
+        name: str,
+        value: str,
+        host: str,
     ) -> None:
         monkeypatch.setenv(name, value)
         url = echoing.url.replace("127.0.0.1", host)
-        assert labels(both.run(url, "a")) == ["a"]
+        assert labels(either.run(url, "a")) == ["a"]
 
-    def test_unless_an_http_client_says_otherwise(
+    def test_a_given_http_client_uses_the_proxy_even_on_this_host(
         self, echoing: Scripted, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setenv("HTTP_PROXY", self.NOWHERE)
+        monkeypatch.setenv("HTTP_PROXY", self.CLOSED_PROXY)
         with (
             httpx.Client() as http,
             Client(echoing.url, http=http) as client,
@@ -400,103 +420,109 @@ class TestProxies:
         assert echoing.bodies == []
 
     @pytest.mark.parametrize("name", ["HTTP_PROXY", "https_proxy", "ALL_PROXY"])
-    def test_an_error_of_the_connection_names_the_variables(
-        self, both: Both, monkeypatch: pytest.MonkeyPatch, name: str
+    def test_connection_errors_name_the_proxy_variables_without_passwords(
+        self, either: EitherClient, monkeypatch: pytest.MonkeyPatch, name: str
     ) -> None:
-        monkeypatch.setenv(name, self.NOWHERE)
+        monkeypatch.setenv(name, self.CLOSED_PROXY)
         monkeypatch.setenv("NO_PROXY", "example.org")
         with pytest.raises(UnreachableError, match=rf"{name}.*NO_PROXY|NO_PROXY.*{name}") as caught:
-            both.run("http://nowhere.invalid", "a", retry=Retry(attempts=1))
+            either.run("http://nowhere.invalid", "a", retry=Retry(attempts=1))
         assert "hidden" not in str(caught.value)
         with pytest.raises(UnreachableError, match=name):
-            both.run("http://nowhere.invalid", method="models")
+            either.run("http://nowhere.invalid", method="models")
 
     @pytest.mark.parametrize("value", ["socks://user:hidden@127.0.0.1:9", "gopher://127.0.0.1:9"])
-    def test_a_variable_that_cannot_be_used_is_one_error(
-        self, both: Both, monkeypatch: pytest.MonkeyPatch, value: str
+    def test_invalid_proxy_variables_are_reported(
+        self, either: EitherClient, monkeypatch: pytest.MonkeyPatch, value: str
     ) -> None:
         monkeypatch.setenv("ALL_PROXY", value)
         with pytest.raises(UnreachableError, match="ALL_PROXY") as caught:
-            both.run("http://nowhere.invalid", "a")
+            either.run("http://nowhere.invalid", "a")
         assert "hidden" not in str(caught.value)
 
-    def test_an_answer_of_the_proxy_itself_names_the_variables(
-        self, both: Both, monkeypatch: pytest.MonkeyPatch
+    def test_errors_of_the_proxy_name_the_proxy_variable(
+        self, either: EitherClient, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         with scripted(lambda *_: Reply(502, "<html>")) as proxy:
             monkeypatch.setenv("HTTP_PROXY", proxy.url)
             with pytest.raises(ServerError, match=r"502 .*HTTP_PROXY"):
-                both.run("http://nowhere.invalid", "a")
+                either.run("http://nowhere.invalid", "a")
 
-    def test_without_variables_nothing_is_said_of_them(self, both: Both) -> None:
+    def test_without_proxy_variables_errors_do_not_mention_proxies(
+        self, either: EitherClient
+    ) -> None:
         with pytest.raises(UnreachableError) as caught:
-            both.run("http://127.0.0.1:9", "a", retry=Retry(attempts=1))
+            either.run("http://127.0.0.1:9", "a", retry=Retry(attempts=1))
         assert "proxy" not in str(caught.value)
 
 
 class TestRetries:
     @pytest.mark.parametrize(("status", "code"), [(429, "queue_full"), (503, "draining")])
-    def test_what_retry_after_says_is_waited_for_with_jitter(
-        self, both: Both, status: int, code: str
+    def test_the_wait_is_retry_after_with_jitter(
+        self, either: EitherClient, status: int, code: str
     ) -> None:
-        with scripted(first(refusal(status, code, "2"), refusal(status, code, "4"))) as server:
-            assert labels(both.run(server.url, "a")) == ["a"]
-        assert both.clock.waits == [2 * (1 + JITTER / 2), 4 * (1 + JITTER / 2)]
+        with scripted(
+            replies_first(refusal(status, code, "2"), refusal(status, code, "4"))
+        ) as server:
+            assert labels(either.run(server.url, "a")) == ["a"]
+        assert either.clock.waits == [2 * (1 + JITTER / 2), 4 * (1 + JITTER / 2)]
 
-    def test_without_it_waits_double(self, both: Both) -> None:
-        with scripted(first(*[Reply(503)] * 4)) as server:
-            assert labels(both.run(server.url, "a")) == ["a"]
-        assert both.clock.waits == [0.05, 0.1, 0.2, 0.4]
+    def test_without_retry_after_the_wait_doubles(self, either: EitherClient) -> None:
+        with scripted(replies_first(*[Reply(503)] * 4)) as server:
+            assert labels(either.run(server.url, "a")) == ["a"]
+        assert either.clock.waits == [0.05, 0.1, 0.2, 0.4]
 
-    def test_waits_do_not_grow_for_ever(self) -> None:
+    def test_the_wait_is_limited(self) -> None:
         assert Retry().wait(50, None, 1.0) == Retry().longest_wait
 
-    def test_jitter_stays_within_its_share(self) -> None:
+    def test_jitter_adds_at_most_its_share(self) -> None:
         retry = Retry()
         assert retry.wait(0, 8.0, 0.0) == 8.0
         assert retry.wait(0, 8.0, 1.0) == 8.0 * (1 + JITTER)
         assert retry.wait(0, 0.0, 1.0) == retry.first_wait
 
-    def test_broken_connections_are_made_anew(self, both: Both) -> None:
-        with scripted(first(Reply(0), Reply(0))) as server:
-            assert labels(both.run(server.url, "a")) == ["a"]
-        assert len(both.clock.waits) == 2
+    def test_requests_are_repeated_after_broken_connections(self, either: EitherClient) -> None:
+        with scripted(replies_first(Reply(0), Reply(0))) as server:
+            assert labels(either.run(server.url, "a")) == ["a"]
+        assert len(either.clock.waits) == 2
 
-    def test_at_last_the_error_is_told(self, both: Both) -> None:
+    def test_after_the_last_attempt_the_error_is_raised(self, either: EitherClient) -> None:
         with scripted(lambda *_: refusal(429, "queue_full", "3")) as server:
             with pytest.raises(OverloadedError) as caught:
-                both.run(server.url, "a", retry=Retry(attempts=3))
+                either.run(server.url, "a", retry=Retry(attempts=3))
             assert len(server.bodies) == 3
         assert (caught.value.code, caught.value.retry_after) == ("queue_full", 3.0)
 
-    def test_nobody_there(self, both: Both) -> None:
+    def test_an_unreachable_server_is_retried_and_then_reported(self, either: EitherClient) -> None:
         with scripted(echo) as server:
             pass
         with pytest.raises(UnreachableError):
-            both.run(server.url, "a", retry=Retry(attempts=2))
-        assert len(both.clock.waits) == 1
+            either.run(server.url, "a", retry=Retry(attempts=2))
+        assert len(either.clock.waits) == 1
 
     @pytest.mark.parametrize("status", [400, 404, 413, 422, 500])
-    def test_what_would_fail_again_is_not_tried_again(self, both: Both, status: int) -> None:
+    def test_permanent_errors_are_not_retried(self, either: EitherClient, status: int) -> None:
         with scripted(lambda *_: refusal(status, "no")) as server:
             with pytest.raises(ServerError, match="no at input") as caught:
-                both.run(server.url, "a")
+                either.run(server.url, "a")
             assert len(server.bodies) == 1
         assert caught.value.status == status
 
     @pytest.mark.parametrize("body", ["<html>", {"error": "plain"}, [1], None])
-    def test_errors_of_something_in_between_are_errors_too(self, both: Both, body: Any) -> None:
+    def test_errors_in_other_formats_are_server_errors(
+        self, either: EitherClient, body: Any
+    ) -> None:
         with scripted(lambda *_: Reply(502, body)) as server, pytest.raises(ServerError):
-            both.run(server.url, "a")
+            either.run(server.url, "a")
 
     @pytest.mark.parametrize(
         ("value", "seconds"),
         [(None, None), ("7", 7.0), ("0.5", 0.5), ("-3", 0.0), ("soon", None), ("", None)],
     )
-    def test_retry_after_in_seconds(self, value: str | None, seconds: float | None) -> None:
+    def test_retry_after_can_be_in_seconds(self, value: str | None, seconds: float | None) -> None:
         assert read_retry_after(value) == seconds
 
-    def test_retry_after_as_a_date(self) -> None:
+    def test_retry_after_can_be_a_date(self) -> None:
         now = datetime(2030, 1, 1, tzinfo=UTC)
         date = format_datetime(now + timedelta(seconds=90), usegmt=True)
         assert read_retry_after(date, now.timestamp) == 90
@@ -504,53 +530,57 @@ class TestRetries:
 
 
 class TestDeadlines:
-    def test_the_server_is_told_what_is_left(self, both: Both) -> None:
-        with scripted(first(refusal(503, "loading", "4"))) as server:
-            both.run(server.url, "a", timeout=10)
+    def test_the_remaining_time_is_sent_to_the_server(self, either: EitherClient) -> None:
+        with scripted(replies_first(refusal(503, "loading", "4"))) as server:
+            either.run(server.url, "a", timeout=10)
             told = [body["timeout_ms"] for body in server.bodies]
         assert told == [10_000, int(10_000 - 4000 * (1 + JITTER / 2))]
 
-    def test_a_wait_beyond_the_deadline_is_not_begun(self, both: Both) -> None:
+    def test_no_retry_if_its_wait_would_exceed_the_deadline(self, either: EitherClient) -> None:
         with scripted(lambda *_: refusal(429, "queue_full", "30")) as server:
             with pytest.raises(OverloadedError):
-                both.run(server.url, "a", fields={"timeout": 20.0})
+                either.run(server.url, "a", fields={"timeout": 20.0})
             assert len(server.bodies) == 1
-        assert both.clock.waits == []
+        assert either.clock.waits == []
 
-    def test_with_no_time_nothing_is_asked(self, both: Both, echoing: Scripted) -> None:
+    def test_with_a_timeout_of_0_nothing_is_sent(
+        self, either: EitherClient, echoing: Scripted
+    ) -> None:
         with pytest.raises(DeadlineExceededError):
-            both.run(echoing.url, "a", timeout=0)
+            either.run(echoing.url, "a", timeout=0)
         assert echoing.bodies == []
 
-    def test_a_deadline_that_passed_on_the_server(self, both: Both) -> None:
+    def test_a_504_raises_deadline_exceeded(self, either: EitherClient) -> None:
         with (
             scripted(lambda *_: refusal(504, "timeout")) as server,
             pytest.raises(DeadlineExceededError),
         ):
-            both.run(server.url, "a")
+            either.run(server.url, "a")
 
-    def test_without_end_the_server_decides(self, both: Both, echoing: Scripted) -> None:
-        both.run(echoing.url, "a", timeout=float("inf"))
+    def test_with_an_infinite_timeout_none_is_sent(
+        self, either: EitherClient, echoing: Scripted
+    ) -> None:
+        either.run(echoing.url, "a", timeout=float("inf"))
         assert "timeout_ms" not in echoing.bodies[0]
 
 
 class TestProgress:
-    def test_a_function_is_told(self, both: Both, echoing: Scripted) -> None:
+    def test_progress_calls_a_function(self, either: EitherClient, echoing: Scripted) -> None:
         told: list[tuple[int, int | None]] = []
 
         def tell(done: int, total: int | None) -> None:
             told.append((done, total))
 
-        both.run(echoing.url, TEXTS, batch_items=10, fields={"progress": tell})
+        either.run(echoing.url, TEXTS, batch_items=10, fields={"progress": tell})
         assert told == [(10, 23), (20, 23), (23, 23)]
         told.clear()
-        both.run(echoing.url, iter(TEXTS), batch_items=20, fields={"progress": tell})
+        either.run(echoing.url, iter(TEXTS), batch_items=20, fields={"progress": tell})
         assert told == [(20, 23), (23, 23)]
 
-    def test_a_bar_is_shown_on_stderr(
-        self, both: Both, echoing: Scripted, capsys: pytest.CaptureFixture[str]
+    def test_progress_can_be_a_bar_on_stderr(
+        self, either: EitherClient, echoing: Scripted, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        both.run(echoing.url, TEXTS, fields={"progress": True})
+        either.run(echoing.url, TEXTS, fields={"progress": True})
         shown = capsys.readouterr()
         assert "23/23" in shown.err
         assert shown.out == ""
@@ -570,23 +600,23 @@ class TestPipeline:
         ],
         ids=str,
     )
-    def test_shapes(
-        self, both: Both, echoing: Scripted, inputs: Any, options: Any, expected: Any
+    def test_calls_answer_in_the_shapes_of_a_transformers_pipeline(
+        self, either: EitherClient, echoing: Scripted, inputs: Any, options: Any, expected: Any
     ) -> None:
-        assert both.run(echoing.url, inputs, method="__call__", fields=options) == expected
+        assert either.run(echoing.url, inputs, method="__call__", fields=options) == expected
 
-    def test_a_failed_item_has_no_place_there(self, both: Both, echoing: Scripted) -> None:
+    def test_a_failed_item_raises_an_error(self, either: EitherClient, echoing: Scripted) -> None:
         with pytest.raises(ItemFailedError, match=r"input\[1\]"):
-            both.run(echoing.url, ["a", "broken"], method="__call__")
+            either.run(echoing.url, ["a", "broken"], method="__call__")
 
 
-async def test_calls_of_one_client_run_side_by_side(echoing: Scripted) -> None:
+async def test_calls_of_one_asynchronous_client_can_be_concurrent(echoing: Scripted) -> None:
     async with AsyncClient(echoing.url) as client:
         calls: list[Awaitable[Any]] = [client.classify(text) for text in TEXTS]
         assert [result.label for (result,) in await asyncio.gather(*calls)] == TEXTS
 
 
-def test_the_library_alone_needs_no_httpx() -> None:
+def test_importing_budgetformer_needs_no_httpx() -> None:
     program = (
         "import sys; sys.modules['httpx'] = None\n"
         "import budgetformer\n"
@@ -597,7 +627,7 @@ def test_the_library_alone_needs_no_httpx() -> None:
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_the_client_needs_no_torch() -> None:
+def test_importing_the_client_imports_no_torch() -> None:
     program = (
         "import sys, budgetformer.client; assert not {'torch', 'transformers'} & {*sys.modules}"
     )

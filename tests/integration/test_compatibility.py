@@ -1,5 +1,7 @@
-"""Routes that speak other servers' languages: shapes, odd bodies, and errors as their clients read
-them. What the clients themselves make of it is in tests/e2e/test_foreign_clients.py."""
+"""Routes with the formats of other servers: shapes, malformed bodies, errors.
+
+tests/e2e/test_foreign_clients.py tests them with the clients of those servers.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,7 @@ async def infer(
 
 
 def predict_error(response: httpx.Response, status: int, kind: str) -> str:
-    """Check that an answer is an error as TEI writes it, and return its message."""
+    """Check that an answer is an error in the format of TEI, and return its message."""
     assert response.status_code == status, response.text
     body = response.json()
     assert set(body) == {"error", "error_type"}
@@ -64,7 +66,7 @@ def infer_error(response: httpx.Response, status: int) -> str:
 
 class TestPredict:
     @pytest.mark.parametrize("path", ["/predict", "/"])
-    async def test_one_text_is_answered_by_one_list(self, shared: Service, path: str) -> None:
+    async def test_one_text_gets_one_list_of_labels(self, shared: Service, path: str) -> None:
         expected = (await shared.item(TEXT))["labels"]
         for inputs in (TEXT, [TEXT]):
             answer = await predict(shared, inputs, path)
@@ -73,7 +75,7 @@ class TestPredict:
                 [one["score"] for one in expected]
             )
 
-    async def test_a_batch_is_answered_by_a_list_of_lists(self, shared: Service) -> None:
+    async def test_a_batch_gets_a_list_of_lists(self, shared: Service) -> None:
         answer = await predict(shared, [[text] for text in TEXTS])
         assert [row[0]["label"] for row in answer] == list(LABELS)
 
@@ -85,7 +87,7 @@ class TestPredict:
         (row, _) = await predict(shared, [[TEXT, TEXTS[1]], [TEXT]], model=PAIRS)
         assert row[0]["score"] == pytest.approx(item["score"], rel=1e-4)
 
-    async def test_with_parameters_strings_are_a_batch(self, shared: Service) -> None:
+    async def test_with_parameters_several_strings_are_a_batch(self, shared: Service) -> None:
         answer = await predict(shared, TEXTS, parameters={})
         assert [row[0]["label"] for row in answer] == list(LABELS)
         ((best,),) = await predict(shared, TEXT, parameters={"top_k": 1})
@@ -96,14 +98,14 @@ class TestPredict:
         answer = await predict(shared, TEXT, raw_scores=True)
         assert [one["score"] for one in answer] == pytest.approx(sorted(logits, reverse=True))
 
-    async def test_a_multi_label_model_answers_independent_scores(self, shared: Service) -> None:
+    async def test_multi_label_models_answer_independent_scores(self, shared: Service) -> None:
         item = await shared.item(TEXT, model=TAGS)
         answer = await predict(shared, TEXT, model=TAGS)
         assert {one["label"]: one["score"] for one in answer} == pytest.approx(
             dict(zip(LABELS, item["probs"], strict=True))
         )
 
-    async def test_truncation_can_be_refused(self, shared: Service) -> None:
+    async def test_truncation_can_be_disabled(self, shared: Service) -> None:
         long = "the otter slept " * 30
         assert await predict(shared, long, truncate=True, truncation_direction="Right")
         for refusal in ({"truncate": False}, {"parameters": {"truncation": False}}):
@@ -113,7 +115,7 @@ class TestPredict:
             )
             assert "tokens" in message
 
-    async def test_the_stages_are_timed_as_for_classify(self, shared: Service) -> None:
+    async def test_server_timing_is_sent_as_by_classify(self, shared: Service) -> None:
         response = await shared.client.post("/predict", json={"inputs": TEXT})
         assert response.headers["server-timing"].startswith("tokenize;dur=")
 
@@ -136,11 +138,13 @@ class TestPredict:
         ],
         ids=lambda value: json.dumps(value)[:60],
     )
-    async def test_a_wrong_field(self, shared: Service, body: Any, message: str) -> None:
+    async def test_invalid_fields_are_refused(
+        self, shared: Service, body: Any, message: str
+    ) -> None:
         response = await shared.client.post("/predict", json=body)
         assert message in predict_error(response, 422, "validation")
 
-    async def test_errors_keep_their_status(self, shared: Service) -> None:
+    async def test_errors_have_the_same_status_as_in_classify(self, shared: Service) -> None:
         post = shared.client.post
         predict_error(await post("/predict", content=b"{"), 400, "validation")
         body: dict[str, Any] = {"inputs": "a", "model": "nothing"}
@@ -150,7 +154,7 @@ class TestPredict:
 
 
 class TestInfer:
-    async def test_json_in_and_out(self, shared: Service) -> None:
+    async def test_tensors_in_json(self, shared: Service) -> None:
         item = await shared.item(TEXT)
         answer = (await infer(shared, text_tensor([TEXT]), id="seven")).json()
         assert (answer["id"], answer["model_name"], answer["model_version"]) == (
@@ -162,17 +166,17 @@ class TestInfer:
         assert outputs["probs"]["data"] == pytest.approx(item["probs"])
         assert outputs["macs"]["data"] == [item["macs"]]
 
-    async def test_only_what_is_asked_for(self, shared: Service) -> None:
+    async def test_only_requested_outputs_are_returned(self, shared: Service) -> None:
         answer = (await infer(shared, text_tensor(TEXTS), outputs=[{"name": "score"}])).json()
         (output,) = answer["outputs"]
         assert (output["name"], output["shape"]) == ("score", [len(TEXTS), 1])
 
-    async def test_rows_within_data(self, shared: Service) -> None:
+    async def test_data_may_be_nested(self, shared: Service) -> None:
         nested = text_tensor([[text] for text in TEXTS])
         answer = (await infer(shared, nested, outputs=[{"name": "label"}])).json()
         assert answer["outputs"][0]["data"] == list(LABELS)
 
-    async def test_an_empty_pair_is_none(self, shared: Service) -> None:
+    async def test_an_empty_second_text_means_none(self, shared: Service) -> None:
         path = "/v2/models/pairs/infer"
         pair = text_tensor(["", TEXTS[1]]) | {"name": "text_pair"}
         answer = (await infer(shared, text_tensor([TEXT, TEXT]), pair, path=path)).json()
@@ -201,7 +205,7 @@ class TestInfer:
         ],
         ids=lambda value: value if isinstance(value, str) else "",
     )
-    async def test_a_wrong_tensor(
+    async def test_invalid_tensors_are_refused(
         self, shared: Service, tensor: dict[str, Any], message: str
     ) -> None:
         assert message in infer_error(await infer(shared, tensor), 422)
@@ -219,7 +223,7 @@ class TestInfer:
         ],
         ids=lambda value: value if isinstance(value, str) else "",
     )
-    async def test_a_wrong_wish(
+    async def test_invalid_outputs_and_parameters_are_refused(
         self, shared: Service, fields: dict[str, Any], message: str
     ) -> None:
         assert message in infer_error(await infer(shared, text_tensor([TEXT]), **fields), 422)
@@ -236,7 +240,9 @@ class TestInfer:
         ],
         ids=range(6),
     )
-    async def test_damaged_binary_data(self, shared: Service, blob: bytes, message: str) -> None:
+    async def test_damaged_binary_data_is_refused(
+        self, shared: Service, blob: bytes, message: str
+    ) -> None:
         size = {"binary_data_size": max(len(blob), 3)}
         head = json.dumps({"inputs": [text_tensor([TEXT], data=None, parameters=size)]}).encode()
         headers = {"Inference-Header-Content-Length": str(len(head))}
@@ -245,26 +251,28 @@ class TestInfer:
         assert message in infer_error(response, status) or not blob
 
     @pytest.mark.parametrize("length", ["", "x", "-1", "1000000", "1.5"])
-    async def test_a_length_that_is_none(self, shared: Service, length: str) -> None:
+    async def test_invalid_lengths_of_the_json_part_are_refused(
+        self, shared: Service, length: str
+    ) -> None:
         headers = {"Inference-Header-Content-Length": length}
         response = await shared.client.post(INFER, content=b"{}", headers=headers)
         assert "length of the body's JSON" in infer_error(response, 400)
 
-    async def test_errors_keep_their_status(self, shared: Service) -> None:
+    async def test_errors_have_the_same_status_as_in_classify(self, shared: Service) -> None:
         infer_error(await shared.client.post(INFER, content=b"{"), 400)
         path = "/v2/models/nothing/infer"
         infer_error(await infer(shared, text_tensor([TEXT]), path=path), 404)
         infer_error(await infer(shared, text_tensor(["a"] * 65)), 413)
         infer_error(await shared.client.get("/v2/models/nothing/ready"), 404)
 
-    async def test_index_of_what_is_ready_alone(self, shared: Service) -> None:
+    async def test_the_index_can_be_limited_to_ready_models(self, shared: Service) -> None:
         rows = (await shared.client.post("/v2/repository/index", json={"ready": True})).json()
         assert {row["state"] for row in rows} == {"READY"}
         assert (TOPICS, "2") in {(row["name"], row["version"]) for row in rows}
 
 
 class TestInvocations:
-    async def test_both_shapes(self, shared: Service) -> None:
+    async def test_the_format_follows_the_name_of_the_input_field(self, shared: Service) -> None:
         post = shared.client.post
         answer = (await post("/invocations", json={"input": TEXT})).json()
         assert answer["data"][0]["label"] == LABELS[0]
@@ -273,7 +281,7 @@ class TestInvocations:
         answer = (await post("/invocations", json={"input": [TEXT], "raw_scores": False})).json()
         assert answer["object"] == "classify"
 
-    async def test_errors_are_our_own(self, shared: Service) -> None:
+    async def test_errors_have_the_format_of_classify(self, shared: Service) -> None:
         for body, param in (({}, "input"), ({"inputs": 5}, "inputs"), ({"input": []}, "input")):
             response = await shared.client.post("/invocations", json=body)
             assert response.status_code == 422
@@ -288,9 +296,7 @@ class TestInvocations:
     ],
     ids=str,
 )  # fmt: skip
-async def test_what_we_cannot_do_for_vllm_is_refused(
-    shared: Service, field: dict[str, Any]
-) -> None:
+async def test_unsupported_vllm_options_are_refused(shared: Service, field: dict[str, Any]) -> None:
     response = await shared.ask(TEXT, **field)
     assert response.status_code == 422
     assert response.json()["error"]["param"] == next(iter(field))
@@ -323,7 +329,7 @@ _BODIES = st.dictionaries(_KEYS, _ANYTHING, max_size=6) | st.builds(
 @settings(
     max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-async def test_no_body_is_a_server_error(shared: Service, path: str, body: Any) -> None:
+async def test_no_body_causes_a_server_error(shared: Service, path: str, body: Any) -> None:
     response = await shared.client.post(path, json=body)
     # A deadline of a millisecond, which some bodies ask for, may pass or be refused.
     assert response.status_code < 500 or response.status_code == 504, response.text
@@ -334,7 +340,7 @@ class TestCompressedBodies:
         ("encoding", "pack"),
         [("gzip", gzip.compress), ("deflate", zlib.compress), ("GZIP", gzip.compress)],
     )
-    async def test_they_are_unpacked(
+    async def test_compressed_bodies_are_decompressed(
         self, shared: Service, encoding: str, pack: Callable[[bytes], bytes]
     ) -> None:
         body = pack(json.dumps({"input": TEXT}).encode())
@@ -345,13 +351,13 @@ class TestCompressedBodies:
         headers = {"Content-Encoding": encoding, "Content-Type": "application/json"}
         return await shared.client.post("/classify", content=body, headers=headers)
 
-    async def test_the_limit_holds_for_what_comes_out(self, shared: Service) -> None:
+    async def test_the_limit_applies_to_the_decompressed_size(self, shared: Service) -> None:
         bomb = gzip.compress(b'{"input": "a"}' + b" " * 50_000_000)
         assert len(bomb) < 100_000
         response = await self.send(shared, bomb, "gzip")
         assert (response.status_code, response.json()["error"]["code"]) == (413, "body_too_large")
 
-    async def test_damage_is_a_bad_request(self, shared: Service) -> None:
+    async def test_damaged_compressed_bodies_are_refused(self, shared: Service) -> None:
         whole = gzip.compress(b'{"input": "a"}')
         for body in (whole[:-3], whole + b"x", b'{"input": "a"}', b""):
             response = await self.send(shared, body, "gzip")
@@ -359,14 +365,16 @@ class TestCompressedBodies:
                 400, "invalid_encoding",
             )  # fmt: skip
 
-    async def test_another_encoding(self, shared: Service) -> None:
+    async def test_other_encodings_are_refused(self, shared: Service) -> None:
         assert (await self.send(shared, b"{}", "br")).status_code == 415
 
 
-class TestTrouble:
+class TestServerErrors:
     pytestmark = pytest.mark.asyncio(loop_scope="function")
 
-    async def test_overload_and_deadlines(self, fresh: Service) -> None:
+    async def test_passed_deadlines_have_the_error_format_of_the_route(
+        self, fresh: Service
+    ) -> None:
         texts = [text for text, _ in labelled_sentences()]
         answers = (await fresh.answer(texts))["data"]
         computed = next(t for t, a in zip(texts, answers, strict=True) if a["heads"]["budget"])
@@ -378,7 +386,7 @@ class TestTrouble:
             body = {"inputs": computed, "timeout_ms": 50}
             predict_error(await fresh.client.post("/predict", json=body), 504, "backend")
 
-    async def test_an_item_that_fails_alone_fails_the_whole(self, fresh: Service) -> None:
+    async def test_one_failed_item_fails_a_kserve_request(self, fresh: Service) -> None:
         lengths = {(await fresh.item(text))["tokens"]: text for text, _ in labelled_sentences()}
         (one, bad), (_, good) = list(lengths.items())[:2]
         (model,) = fresh.core.models.values()
@@ -386,7 +394,7 @@ class TestTrouble:
             response = await infer(fresh, text_tensor([good, bad]), parameters={"heads": 2})
             assert "input[1]" in infer_error(response, 500)
 
-    async def test_draining(self, fresh: Service) -> None:
+    async def test_a_draining_server_refuses_in_every_format(self, fresh: Service) -> None:
         fresh.app.state.shared.admission.draining = True
         response = await fresh.client.post("/predict", json={"inputs": TEXT})
         predict_error(response, 503, "unhealthy")
@@ -395,7 +403,7 @@ class TestTrouble:
         infer_error(await fresh.client.get("/v2/health/ready"), 503)
         assert (await fresh.client.get("/ping")).status_code == 503
 
-    async def test_no_model_at_all(self, model_store: Path) -> None:
+    async def test_without_engines_models_are_loading(self, model_store: Path) -> None:
         async with service(model_store, engines=0) as closed:
             response = await closed.client.get("/v2/models/topics/ready")
             assert "loading" in infer_error(response, 503)

@@ -1,4 +1,4 @@
-"""Answers that are compressed for clients that ask for that."""
+"""Compression of answers for clients that accept it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TENSORS = {
     "inputs": [{"name": "text", "datatype": "BYTES", "shape": [len(TEXTS)], "data": TEXTS}],
     "parameters": {"binary_data_output": True},
 }
-ASKED: dict[str, tuple[str, str, Any, dict[str, str]]] = {
+REQUESTS: dict[str, tuple[str, str, Any, dict[str, str]]] = {
     "direct": ("POST", "/classify", {"input": TEXTS}, {}),
     "arrow": ("POST", "/classify", {"input": TEXTS}, {"Accept": ARROW}),
     "routed": ("POST", "/tokenize", {"input": TEXTS}, {}),
@@ -52,7 +52,7 @@ async def running(model_store: Path) -> AsyncIterator[Service]:
 async def sent(
     running: Service, method: str, path: str, body: Any, headers: dict[str, str]
 ) -> tuple[httpx.Headers, bytes]:
-    """Return the headers and bytes of an answer as they were sent."""
+    """Return the headers and the undecoded bytes of an answer."""
     asking = running.client.stream(method, path, json=body, headers=headers)
     async with asking as response:
         assert response.status_code in (200, 304)
@@ -60,7 +60,7 @@ async def sent(
 
 
 def comparable(headers: httpx.Headers, content: bytes) -> Any:
-    """Return what is the same each time."""
+    """Return the content of an answer without the parts that differ between requests."""
     if headers["content-type"] == ARROW:
         return pa.ipc.open_stream(content).read_all()
     if length := headers.get("inference-header-content-length"):
@@ -74,9 +74,9 @@ def comparable(headers: httpx.Headers, content: bytes) -> Any:
     return re.sub(r'"(id|created)":("[^"]*"|\d+)', "", text)
 
 
-@pytest.mark.parametrize("kind", ASKED)
-async def test_a_compressed_answer_holds_what_a_plain_one_does(running: Service, kind: str) -> None:
-    method, path, body, headers = ASKED[kind]
+@pytest.mark.parametrize("kind", REQUESTS)
+async def test_a_compressed_answer_has_the_same_content(running: Service, kind: str) -> None:
+    method, path, body, headers = REQUESTS[kind]
     plain_headers, plain = await sent(running, method, path, body, headers | PLAIN)
     gzip_headers, zipped = await sent(running, method, path, body, headers | GZIP)
     assert "content-encoding" not in plain_headers
@@ -91,7 +91,7 @@ async def test_a_compressed_answer_holds_what_a_plain_one_does(running: Service,
         assert one["vary"] == "Accept-Encoding"
 
 
-async def test_what_is_never_compressed(running: Service) -> None:
+async def test_small_answers_and_health_are_never_compressed(running: Service) -> None:
     for method, path, body in (
         ("POST", "/tokenize", {"input": "an otter"}),
         ("GET", "/health", None),
@@ -105,20 +105,20 @@ async def test_what_is_never_compressed(running: Service) -> None:
     assert len((await running.client.get("/health")).content) > MIN_BYTES
 
 
-async def test_nothing_is_compressed_where_the_setting_is_0(model_store: Path) -> None:
+async def test_compression_can_be_disabled(model_store: Path) -> None:
     async with service(model_store, models=[TOPICS], compress_min_bytes=0) as plain:
         headers, _ = await sent(plain, "POST", "/classify", {"input": TEXTS}, GZIP)
     assert "content-encoding" not in headers
 
 
-async def test_what_varies_with_the_origin_varies_with_both(model_store: Path) -> None:
+async def test_vary_names_both_the_encoding_and_the_origin(model_store: Path) -> None:
     origin = {"Origin": "https://page"}
     async with service(model_store, models=[TOPICS], cors_origins=["https://page"]) as shared:
-        headers, _ = await sent(shared, *ASKED["direct"][:3], GZIP | origin)
+        headers, _ = await sent(shared, *REQUESTS["direct"][:3], GZIP | origin)
     assert {part.strip() for part in headers["vary"].split(",")} == {"Accept-Encoding", "Origin"}
 
 
-async def test_a_browser_that_has_a_file_is_told_what_it_varies_with(running: Service) -> None:
+async def test_not_modified_answers_have_vary_and_etag(running: Service) -> None:
     page, _ = await sent(running, "GET", "/playground/style.css", None, GZIP)
     known = {"If-None-Match": page["etag"]}
     for encoding in (GZIP, PLAIN):
@@ -135,7 +135,7 @@ async def test_head_has_the_headers_of_get(running: Service) -> None:
     }
 
 
-async def test_a_large_answer_does_not_hold_the_event_loop(running: Service) -> None:
+async def test_large_answers_are_compressed_in_a_thread(running: Service) -> None:
     threads, held = running.app.state.shared.tokenizing, threading.Event()
     path = "/playground/swagger-ui.css"
     assert len((await sent(running, "GET", path, None, PLAIN))[1]) > MAX_LOOP_BYTES
@@ -143,7 +143,7 @@ async def test_a_large_answer_does_not_hold_the_event_loop(running: Service) -> 
         for _ in range(THREADS):
             threads.submit(held.wait)
         large = asyncio.create_task(sent(running, "GET", path, None, GZIP))
-        headers, _ = await sent(running, *ASKED["page"][:3], GZIP)
+        headers, _ = await sent(running, *REQUESTS["page"][:3], GZIP)
         assert headers["content-encoding"] == "gzip", "a small one takes no thread"
         assert not large.done()
     finally:

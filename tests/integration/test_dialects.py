@@ -1,4 +1,4 @@
-"""What every dialect has in common: nulls, encodings of JSON, broken Unicode, HEAD."""
+"""Rules for all dialects: nulls, encodings of JSON, invalid Unicode, HEAD."""
 
 from __future__ import annotations
 
@@ -68,13 +68,13 @@ NULLS: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("path", "body"), NULLS)
-async def test_null_is_as_good_as_absent(shared: Service, path: str, body: dict[str, Any]) -> None:
+async def test_null_means_absent(shared: Service, path: str, body: dict[str, Any]) -> None:
     response = await shared.client.post(path, json=body)
     assert response.status_code == 200, response.text
 
 
 @pytest.mark.parametrize("schema", [LoadRequest, RepositoryRequest])
-async def test_null_is_as_good_as_absent_where_models_change(
+async def test_null_means_absent_in_requests_that_change_models(
     shared: Service, schema: type[RequestBody]
 ) -> None:
     path = {LoadRequest: "/models/none/load", RepositoryRequest: "/v2/repository/models/none/load"}
@@ -93,7 +93,7 @@ async def test_null_is_as_good_as_absent_where_models_change(
         (INFER, {"inputs": [tensor("a", name=None)]}, "name"),
     ],
 )
-async def test_null_where_there_must_be_a_value(
+async def test_null_is_refused_for_required_fields(
     shared: Service, path: str, body: dict[str, Any], blamed: str
 ) -> None:
     response = await shared.client.post(path, json=body)
@@ -117,7 +117,7 @@ async def test_unknown_parameters_of_the_open_inference_protocol_are_ignored(
     assert response.status_code == 200, response.text
 
 
-BROKEN = {
+INVALID_TEXTS = {
     "lone surrogate": ("\\ud83d", b"\\ud83d"),
     "lone low surrogate": ("\\udc00", b"x \\udc00 \\ud83e\\udda6"),
     "raw byte": ("UTF-8", b"\xff"),
@@ -138,12 +138,12 @@ PLACES = [
 ]
 
 
-@pytest.mark.parametrize("kind", BROKEN)
+@pytest.mark.parametrize("kind", INVALID_TEXTS)
 @pytest.mark.parametrize(("path", "body", "place"), PLACES)
-async def test_a_text_that_is_not_unicode_is_named_by_its_place(
+async def test_the_error_states_where_a_text_is_invalid_unicode(
     shared: Service, path: str, body: str, place: str, kind: str
 ) -> None:
-    shown, broken = BROKEN[kind]
+    shown, broken = INVALID_TEXTS[kind]
     content = body.encode().replace(b"@", broken)
     response = await shared.client.post(path, content=content, headers=JSON)
     assert response.status_code == 400
@@ -151,7 +151,7 @@ async def test_a_text_that_is_not_unicode_is_named_by_its_place(
     assert ("UTF-8" if shown == "UTF-8" else "lone surrogate") in response.text
 
 
-async def test_a_name_that_is_not_unicode_is_not_repeated(shared: Service) -> None:
+async def test_errors_do_not_contain_names_that_are_invalid_unicode(shared: Service) -> None:
     response = await shared.client.post("/classify", content=b'{"xyzzy \\ud83d": 1}', headers=JSON)
     assert response.status_code == 400
     assert "a name holds a lone surrogate" in response.text
@@ -159,13 +159,13 @@ async def test_a_name_that_is_not_unicode_is_not_repeated(shared: Service) -> No
 
 
 @pytest.mark.parametrize("broken", [b"\xff", b"\xed\xa0\xbd", b"\xf0\x9f"])
-async def test_a_binary_text_that_is_not_unicode_is_named_by_its_place(
+async def test_the_error_states_which_binary_text_is_invalid_unicode(
     shared: Service, broken: bytes
 ) -> None:
     blob = b"".join(struct.pack("<I", len(text)) + text for text in (b"fine", broken))
-    asked = {"name": "text", "shape": [2], "datatype": "BYTES"}
+    tensor = {"name": "text", "shape": [2], "datatype": "BYTES"}
     head = json.dumps(
-        {"inputs": [asked | {"parameters": {"binary_data_size": len(blob)}}]}
+        {"inputs": [tensor | {"parameters": {"binary_data_size": len(blob)}}]}
     ).encode()
     headers = {kserve.HEADER_LENGTH: str(len(head))}
     response = await shared.client.post(INFER, content=head + blob, headers=headers)
@@ -174,13 +174,13 @@ async def test_a_binary_text_that_is_not_unicode_is_named_by_its_place(
 
 
 @pytest.mark.parametrize("path", ["/classify", "/tokenize", "/invocations"])
-async def test_a_byte_order_mark_means_nothing(shared: Service, path: str) -> None:
+async def test_a_byte_order_mark_is_ignored(shared: Service, path: str) -> None:
     content = '\ufeff{"input": "a"}'.encode()
     assert (await shared.client.post(path, content=content, headers=JSON)).status_code == 200
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le"])
-async def test_another_encoding_of_json_is_named(shared: Service, encoding: str) -> None:
+async def test_other_encodings_of_json_are_refused_by_name(shared: Service, encoding: str) -> None:
     content = '{"input": "a"}'.encode(encoding)
     response = await shared.client.post("/classify", content=content, headers=JSON)
     assert response.status_code == 400
@@ -188,14 +188,14 @@ async def test_another_encoding_of_json_is_named(shared: Service, encoding: str)
 
 
 @pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity"])
-async def test_a_constant_that_json_has_not_is_named(shared: Service, constant: str) -> None:
+async def test_nan_and_infinity_are_refused_by_name(shared: Service, constant: str) -> None:
     content = f'{{"input": "a", "threshold": {constant}}}'.encode()
     response = await shared.client.post("/classify", content=content, headers=JSON)
     assert response.status_code == 400
     assert f"{constant} is not a JSON number" in response.text
 
 
-async def test_of_a_name_given_twice_the_last_one_counts(shared: Service) -> None:
+async def test_the_last_of_duplicate_names_is_used(shared: Service) -> None:
     content = b'{"input": "a", "top_k": 3, "top_k": 1}'
     response = await shared.client.post("/classify", content=content, headers=JSON)
     assert len(response.json()["data"][0]["labels"]) == 1
@@ -210,7 +210,7 @@ async def test_of_a_name_given_twice_the_last_one_counts(shared: Service) -> Non
         ("POST", "/predict/", 404, {"error", "error_type"}),
     ],
 )
-async def test_paths_and_methods_without_a_route_speak_the_api_of_their_path(
+async def test_errors_of_unknown_routes_have_the_format_of_their_path(
     shared: Service, method: str, path: str, status: int, fields: set[str]
 ) -> None:
     response = await shared.client.request(method, path)
@@ -220,7 +220,7 @@ async def test_paths_and_methods_without_a_route_speak_the_api_of_their_path(
     assert ("allow" in response.headers) == (status == 405)
 
 
-async def test_head_answers_as_get_without_a_body(shared: Service) -> None:
+async def test_head_is_answered_like_get_without_a_body(shared: Service) -> None:
     paths = shared.app.openapi()["paths"]
     assert len(paths) > 10
     for path, methods in {**paths, "/docs": {"get"}, "/openapi.json": {"get"}}.items():
@@ -238,7 +238,7 @@ async def test_head_answers_as_get_without_a_body(shared: Service) -> None:
         assert "content-length" in head.headers
 
 
-async def test_head_of_a_route_that_is_not_ready_says_so(shared: Service) -> None:
+async def test_head_of_readiness_routes_is_503_while_draining(shared: Service) -> None:
     shared.app.state.shared.admission.draining = True
     try:
         for path in ("/health/ready", "/health", "/ping", "/v2/health/ready"):
@@ -248,7 +248,7 @@ async def test_head_of_a_route_that_is_not_ready_says_so(shared: Service) -> Non
         shared.app.state.shared.admission.draining = False
 
 
-async def test_head_is_counted_under_its_route(shared: Service) -> None:
+async def test_head_requests_are_counted_under_their_route(shared: Service) -> None:
     before = await shared.scrape()
     await shared.client.head("/v1/models")
     after = await shared.scrape()
@@ -256,6 +256,6 @@ async def test_head_is_counted_under_its_route(shared: Service) -> None:
     assert counted == 1
 
 
-async def test_allow_names_head_where_get_is_answered(shared: Service) -> None:
+async def test_the_allow_header_includes_head_for_get_routes(shared: Service) -> None:
     assert (await shared.client.post("/health")).headers["allow"] == "GET, HEAD"
     assert (await shared.client.head("/classify")).headers["allow"] == "POST"

@@ -1,4 +1,4 @@
-"""The direct routes answer as FastAPI alone does, whatever is asked."""
+"""The direct routes, which bypass FastAPI, answer exactly as FastAPI does."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "/predict": {"inputs": "a text"},
     "/": {"inputs": ["a text"], "parameters": {"top_k": 1}},
 }
-WAYS = {
+REQUESTS = {
     "valid": (KEY | JSON, b"", 200),
     "compressed": (KEY | JSON | {"Content-Encoding": "gzip"}, b"", 200),
     "of a page": (KEY | JSON | {"Origin": "https://page"}, b"", 200),
@@ -47,28 +47,30 @@ WAYS = {
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def running(model_store: Path) -> AsyncIterator[Service]:
     options = {"cors_origins": ["https://page"], "max_body_bytes": 4500, "max_batch_items": 4}
-    async with service(model_store, models=[TOPICS], keys=KEYS, admin_key=None, **options) as it:
-        yield it
+    async with service(
+        model_store, models=[TOPICS], keys=KEYS, admin_key=None, **options
+    ) as running:
+        yield running
 
 
 def comparable(response: httpx.Response) -> tuple[int, dict[str, str], str]:
-    """Return status, headers and body without times."""
+    """Return the status, headers and body of an answer without times."""
     headers = dict(response.headers)
     headers["server-timing"] = re.sub(r"[\d.]+", "", headers.get("server-timing", ""))
     return response.status_code, headers, re.sub(r'"created":\d+', "", response.text)
 
 
-def test_these_routes_are_direct(running: Service) -> None:
+def test_the_classification_routes_are_direct(running: Service) -> None:
     assert set(running.app.state.direct) == {("POST", path) for path in BODIES}
 
 
 @pytest.mark.asyncio(loop_scope="module")
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", REQUESTS)
 @pytest.mark.parametrize("path", BODIES)
-async def test_both_ways_answer_the_same(
-    running: Service, path: str, way: str, monkeypatch: pytest.MonkeyPatch
+async def test_direct_routes_answer_as_fastapi_does(
+    running: Service, path: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    headers, content, status = WAYS[way]
+    headers, content, status = REQUESTS[kind]
     named = {"model": "none"} if status == 404 else {}
     content = content or json.dumps(BODIES[path] | named).encode()
     if "Content-Encoding" in headers:

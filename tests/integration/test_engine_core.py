@@ -1,4 +1,4 @@
-"""An engine's own bookkeeping, its memory and its device, without sockets."""
+"""The core of an engine without sockets: totals, batches, out of memory, lost devices."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ KEY = ("topics", 2)
 
 
 class Clock:
-    """Seconds that pass only when a test says so."""
+    """A clock that tests advance."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -74,11 +74,11 @@ class Frontend:
         """Give a request up."""
         self.core.receive(Cancel(number), self.reply)
 
-    def reply(self, told: ToFrontend) -> None:
-        number = getattr(told, "id", None)
+    def reply(self, message: ToFrontend) -> None:
+        number = getattr(message, "id", None)
         if number is not None:
             assert number not in self.replies, "a second reply"
-            self.replies[number] = told
+            self.replies[number] = message
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def texts(model_store: Path) -> Texts:
 async def loaded(
     store: Path, texts: Texts, options: EngineOptions, **parts: Any
 ) -> AsyncIterator[Frontend]:
-    """Return a frontend of a core that has a model, and does not run yet."""
+    """Return a frontend of a core that has loaded a model but does not run yet."""
     core = EngineCore(options, precision="float32", **parts)
     frontend = Frontend(core, texts)
     core.receive(Load(0, str(store / KEY[0] / str(KEY[1]))), frontend.reply)
@@ -111,7 +111,7 @@ async def running(core: EngineCore) -> AsyncIterator[None]:
 
 
 def check_totals(core: EngineCore) -> None:
-    """Compare the running totals with sums over all that the core holds."""
+    """Compare the running totals with sums over all requests of the core."""
     beat, requests = core.heartbeat(0), list(core._requests.values())
     waiting = [span for request in requests for span in request.spans]
     seconds = sum(price for span in waiting for price in span.prices)
@@ -120,7 +120,7 @@ def check_totals(core: EngineCore) -> None:
     assert beat.queue_seconds["topics"] == pytest.approx(seconds, abs=1e-6)
     running = sum(request.open - sum(map(len, request.spans)) for request in requests)
     assert beat.in_flight["topics"] == beat.queue_items["topics"] + running
-    assert 0 <= running <= core._running  # that of requests which were given up included
+    assert 0 <= running <= core._running  # which includes cancelled requests
     arrived = [span.owner.arrived for span in waiting]
     oldest = core._clock() - min(arrived) if arrived else 0.0
     assert beat.oldest_age["topics"] == pytest.approx(oldest)
@@ -133,11 +133,11 @@ async def test_texts_wait_in_the_bucket_of_the_step_that_f_o_predicted(model_sto
     model = open_model(model_store / CHAINED / "1")
     texts = [text for text, _ in labelled_sentences()]
     sent = SentTexts.of(Texts.of(model.encoder.encode(texts)))
-    core, told = EngineCore(EngineOptions(), precision="float32"), list[ToFrontend]()
-    core.broadcast = told.append
-    core.receive(Load(0, str(model.checkpoint.path)), told.append)
-    await until(lambda: any(isinstance(one, Done) for one in told), "the load")
-    core.receive(Classify(1, CHAINED, 1, sent, "best", 1e6), told.append)
+    core, messages = EngineCore(EngineOptions(), precision="float32"), list[ToFrontend]()
+    core.broadcast = messages.append
+    core.receive(Load(0, str(model.checkpoint.path)), messages.append)
+    await until(lambda: any(isinstance(one, Done) for one in messages), "the load")
+    core.receive(Classify(1, CHAINED, 1, sent, "best", 1e6), messages.append)
     (request,) = core._requests.values()
     await core._decide()
     assert request.items.ran[:, 0].all()
@@ -147,19 +147,19 @@ async def test_texts_wait_in_the_bucket_of_the_step_that_f_o_predicted(model_sto
         for place in span.indices:
             assert span.bucket == (request.model, request.items.predicted[place])
     async with running(core):
-        await until(lambda: isinstance(told[-1], Answer), "the answer")
-    answer = told[-1]
+        await until(lambda: isinstance(messages[-1], Answer), "the answer")
+    answer = messages[-1]
     assert isinstance(answer, Answer)
     steps = answer.answers.read().all_steps()
     ran = Counter(step for own in steps for step in own if step)
-    batches = [one for one in told if isinstance(one, BatchReport)]
+    batches = [one for one in messages if isinstance(one, BatchReport)]
     assert ran == sum((Counter({one.budget: one.items}) for one in batches), Counter())
     assert set(map(tuple, steps)) == {(0, 1), (0, 2), (0, 1, 2)}
     assert core.queued_seconds == pytest.approx(0)
 
 
 @pytest.mark.parametrize("seed", range(4))
-async def test_totals_are_those_of_what_is_here_after_any_sequence(
+async def test_totals_equal_sums_over_the_requests_after_any_sequence(
     model_store: Path, texts: Texts, seed: int
 ) -> None:
     draw, clock = random.Random(seed), Clock()
@@ -186,11 +186,11 @@ async def test_totals_are_those_of_what_is_here_after_any_sequence(
         assert core.queued_seconds == 0.0
         assert core._queues == {}
         # Where the clock is moved while a batch runs, the engine counts itself slow and refuses.
-        kinds = {type(told) for told in frontend.replies.values()} - {Refused}
+        kinds = {type(reply) for reply in frontend.replies.values()} - {Refused}
         assert kinds == {Done, Answer, Expired}
 
 
-async def test_requests_that_are_given_up_leave_nothing_and_others_are_answered(
+async def test_cancelled_requests_leave_nothing_and_others_are_answered(
     model_store: Path, texts: Texts
 ) -> None:
     clock = Clock()
@@ -214,7 +214,7 @@ async def test_requests_that_are_given_up_leave_nothing_and_others_are_answered(
 
 
 def short_of_memory(run: Callable[..., Any], room: list[int]) -> Callable[..., Any]:
-    """Let a pass fail whose batch has more items than there is room for."""
+    """Raise out of memory for batches of more than `room[0]` items."""
 
     def call(packed: PackedTokens, *arguments: Any) -> Any:
         if len(packed.lengths) > room[0]:
@@ -224,9 +224,7 @@ def short_of_memory(run: Callable[..., Any], room: list[int]) -> Callable[..., A
     return call
 
 
-async def test_batches_grow_again_when_memory_is_there_again(
-    model_store: Path, texts: Texts
-) -> None:
+async def test_batches_grow_again_after_memory_is_free(model_store: Path, texts: Texts) -> None:
     async with loaded(model_store, texts, EngineOptions(batch_items=8)) as frontend:
         core = frontend.core
         network, room = core.models[KEY].network, [2]
@@ -242,7 +240,7 @@ async def test_batches_grow_again_when_memory_is_there_again(
     assert sizes[1] <= 3
     assert sizes[2:] == sorted(sizes[2:])
     assert sizes[-1] == 8
-    answers = [told for told in frontend.replies.values() if isinstance(told, Answer)]
+    answers = [reply for reply in frontend.replies.values() if isinstance(reply, Answer)]
     assert len(answers) == 12
     assert not any(answer.answers.errors for answer in answers)
 
@@ -251,7 +249,7 @@ LOST = "CUDA error: an illegal memory access was encountered"
 
 
 class LostDevice:
-    """A device that is lost in a pass; a probe tells."""
+    """A device that is lost in the first pass, which a probe then reports."""
 
     def __init__(self) -> None:
         self.passes = 0
@@ -265,7 +263,7 @@ class LostDevice:
             raise RuntimeError(LOST)
 
 
-async def test_a_lost_device_ends_the_engine_at_once_and_no_text_is_blamed(
+async def test_a_lost_device_ends_the_engine_without_failing_texts(
     model_store: Path, texts: Texts
 ) -> None:
     device, codes = LostDevice(), list[int]()
@@ -281,7 +279,7 @@ async def test_a_lost_device_ends_the_engine_at_once_and_no_text_is_blamed(
     assert set(frontend.replies) == {0}
 
 
-async def test_a_device_that_is_lost_while_a_model_loads_ends_the_engine(
+async def test_a_device_lost_during_a_load_ends_the_engine(
     model_store: Path, texts: Texts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device, codes = LostDevice(), list[int]()
@@ -295,7 +293,7 @@ async def test_a_device_that_is_lost_while_a_model_loads_ends_the_engine(
     assert isinstance(frontend.replies[7], Failed)
 
 
-async def test_a_text_that_fails_on_a_working_device_fails_alone(
+async def test_only_the_failing_text_fails_on_a_working_device(
     model_store: Path, texts: Texts
 ) -> None:
     async with loaded(model_store, texts, EngineOptions()) as frontend:
@@ -317,7 +315,7 @@ async def test_a_text_that_fails_on_a_working_device_fails_alone(
     assert sorted(answer.answers.errors) == longest
 
 
-async def test_a_full_queue_counts_what_waits_and_what_runs(
+async def test_waiting_and_running_items_both_fill_the_queue(
     model_store: Path, texts: Texts
 ) -> None:
     options = EngineOptions(max_queue_items=10)
@@ -333,7 +331,7 @@ async def test_a_full_queue_counts_what_waits_and_what_runs(
     assert isinstance(frontend.replies[fourth], Answer)
 
 
-async def test_single_texts_of_the_bulk_lane_let_others_pass(
+async def test_interactive_texts_overtake_single_bulk_texts(
     model_store: Path, texts: Texts
 ) -> None:
     options = EngineOptions(batch_items=1)

@@ -1,7 +1,6 @@
-"""Every field of every answer, beside what the readable network and the tokenizer say.
+"""Every field of every answer, compared with the readable network and the tokenizer.
 
-Answers are compared whole, so that a field that is new, missing or wrong fails; and so does a route
-that has no line here.
+Whole answers are compared, so new, missing or wrong fields fail, and so do routes without a test.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ STEP = 2
 
 
 class Like:
-    """Equal to whatever fits a pattern or passes a check."""
+    """Equal to any value that matches a pattern or passes a check."""
 
     def __init__(self, fits: str | Callable[[Any], bool]) -> None:
         self._fits = fits
@@ -50,7 +49,7 @@ class Like:
 
 
 def ranked(score: float, rest: str) -> Like:
-    """Return what a class with a score, ranked as in the Open Inference Protocol, is equal to."""
+    """Return what equals a class in the ranking of the Open Inference Protocol: `score:rest`."""
     return Like(
         lambda value: (
             value.endswith(rest)
@@ -70,7 +69,7 @@ def near(value: float) -> Any:
 
 
 class Expected:
-    """What a checkpoint answers, by its network with a mask and its tokenizer's own truncation."""
+    """The answers of a checkpoint, computed with the readable network and the tokenizer."""
 
     def __init__(self, folder: Path) -> None:
         self.checkpoint = read_checkpoint(folder)
@@ -79,9 +78,9 @@ class Expected:
         self._tokenizer = load_tokenizer(self.checkpoint)
         self.tokens, self.long_tokens = map(self._tokenizer.encode, (TEXT, LONG))
         with torch.no_grad():
-            found = self._network(torch.tensor([self.tokens.ids]), steps=STEP)
-        self.logits: list[float] = found.logits[0].tolist()
-        self.probs: list[float] = found.logits[0].softmax(-1).tolist()
+            output = self._network(torch.tensor([self.tokens.ids]), steps=STEP)
+        self.logits: list[float] = output.logits[0].tolist()
+        self.probs: list[float] = output.logits[0].softmax(-1).tolist()
         best = sorted(range(len(self.probs)), key=lambda i: -self.probs[i])
         self.ranked = [
             {"label": self.manifest.labels[i], "score": near(self.probs[i])} for i in best
@@ -163,7 +162,7 @@ def infer(text: str, **more: Any) -> dict[str, Any]:
 
 
 Body = dict[str, Any]
-POSTED: dict[str, tuple[str, Body, Callable[[Expected], Any]]] = {
+POST_REQUESTS: dict[str, tuple[str, Body, Callable[[Expected], Any]]] = {
     "classify": ("/classify", {"input": TEXT, "heads": STEP}, lambda e: e.classified(e.item())),
     "classify, all options": (
         "/classify",
@@ -174,7 +173,7 @@ POSTED: dict[str, tuple[str, Body, Callable[[Expected], Any]]] = {
         lambda e: e.classified(
             e.item(
                 probs=list(map(near, e.logits)), labels=e.ranked[:1], quality="best",
-                heads=e.item()["heads"] | {"per_layer": Like(_plan)},
+                heads=e.item()["heads"] | {"per_layer": Like(_has_heads_of_step)},
             ),
             id="classify-mine",
         ),
@@ -226,24 +225,26 @@ POSTED: dict[str, tuple[str, Body, Callable[[Expected], Any]]] = {
 }  # fmt: skip
 
 
-def _plan(per_layer: Any) -> bool:
+def _has_heads_of_step(per_layer: Any) -> bool:
     """Say whether each layer names `STEP` of its heads."""
     return len(per_layer) == LAYERS and all(
         len(set(heads)) == STEP and set(heads) <= set(range(HEADS)) for heads in per_layer
     )
 
 
-@pytest.mark.parametrize("name", POSTED)
-async def test_what_is_posted(shared: Service, expected: Expected, name: str) -> None:
-    path, body, answer = POSTED[name]
+@pytest.mark.parametrize("name", POST_REQUESTS)
+async def test_answers_to_post(shared: Service, expected: Expected, name: str) -> None:
+    path, body, answer = POST_REQUESTS[name]
     response = await shared.client.post(path, json=body)
     assert response.status_code == 200, response.text
     assert response.json() == answer(expected)
 
 
 @pytest.mark.parametrize("path", ["/predict", "/", "/invocations"])
-async def test_text_embeddings_inference(shared: Service, expected: Expected, path: str) -> None:
-    # No number of heads can be asked for, so the scores are those of a quality in the own shape.
+async def test_answers_in_the_format_of_text_embeddings_inference(
+    shared: Service, expected: Expected, path: str
+) -> None:
+    # This format has no number of heads, so its scores are compared with /classify at a quality.
     item = await shared.item(TEXT, quality="best")
     ranked = item["labels"]
     body = {"inputs": TEXT, "quality": "best"}
@@ -356,7 +357,7 @@ def listed(expected: Expected) -> dict[str, Any]:
     }  # fmt: skip
 
 
-GOT: dict[str, Callable[[Expected], Any]] = {
+GET_ANSWERS: dict[str, Callable[[Expected], Any]] = {
     "/health": health,
     "/health/live": lambda _: {"status": "ok"},
     "/health/ready": lambda _: {"status": "ok"},
@@ -380,11 +381,11 @@ GOT: dict[str, Callable[[Expected], Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("path", GOT)
-async def test_what_is_got(shared: Service, expected: Expected, path: str) -> None:
+@pytest.mark.parametrize("path", GET_ANSWERS)
+async def test_answers_to_get(shared: Service, expected: Expected, path: str) -> None:
     response = await shared.client.get(path)
     assert response.status_code == 200, response.text
-    assert response.json() == GOT[path](expected)
+    assert response.json() == GET_ANSWERS[path](expected)
 
 
 CHANGES: dict[str, Any] = {
@@ -395,7 +396,7 @@ CHANGES: dict[str, Any] = {
 }
 
 
-async def test_what_changes_models(model_store: Path) -> None:
+async def test_answers_to_loading_and_unloading(model_store: Path) -> None:
     async with service(model_store, models=[TOPICS]) as running:
         for path, answer in (
             (f"/models/{TOPICS}/unload", {"model": f"{TOPICS}:2", "status": "unloaded"}),
@@ -407,14 +408,18 @@ async def test_what_changes_models(model_store: Path) -> None:
             assert response.json() == answer
 
 
-ELSEWHERE = {"/", "/metrics", "/predict", "/settings/reload"}
-ELSEWHERE |= {f"/models/{TOPICS}/{end}" for end in ("rollout", "promote", "rollback")}
-ELSEWHERE |= {"/jobs", "/jobs/one", "/jobs/one/result"}
-"""Routes whose answers are no JSON, or are compared in a test of their own."""
+TESTED_ELSEWHERE = {"/", "/metrics", "/predict", "/settings/reload"}
+TESTED_ELSEWHERE |= {f"/models/{TOPICS}/{end}" for end in ("rollout", "promote", "rollback")}
+TESTED_ELSEWHERE |= {"/jobs", "/jobs/one", "/jobs/one/result"}
+"""Routes whose answers are not JSON or are compared in another test."""
 
 
 async def test_every_route_is_compared(shared: Service) -> None:
-    seen = {path for path, _, _ in POSTED.values()} | {*GOT, *CHANGES} | ELSEWHERE
+    seen = (
+        {path for path, _, _ in POST_REQUESTS.values()}
+        | {*GET_ANSWERS, *CHANGES}
+        | TESTED_ELSEWHERE
+    )
     documented = shared.app.openapi()["paths"]
     patterns = {path: re.sub(r"\{\w+\}", "[^/]+", path) for path in documented}
     missing = [
@@ -427,13 +432,13 @@ ERRORS: dict[str, Callable[..., Any]] = {
     "/classify": lambda kind, code, param, _: {
         "error": {"message": MESSAGE, "type": kind, "param": param, "code": code}
     },
-    "/predict": lambda _, __, ___, theirs: {"error": MESSAGE, "error_type": theirs},
+    "/predict": lambda _, __, ___, tei_type: {"error": MESSAGE, "error_type": tei_type},
     f"/v2/models/{TOPICS}/infer": lambda *_: {"error": MESSAGE},
 }
 
 
 @pytest.mark.parametrize("path", ERRORS)
-async def test_errors(shared: Service, path: str) -> None:
+async def test_the_fields_of_errors(shared: Service, path: str) -> None:
     shape = ERRORS[path]
     malformed = await shared.client.post(path, content=b"{")
     assert malformed.json() == shape("invalid_request", "invalid_json", None, "validation")
@@ -445,7 +450,7 @@ async def test_errors(shared: Service, path: str) -> None:
     assert large.json() == shape("too_large", "body_too_large", None, "validation")
 
 
-async def test_headers(shared: Service) -> None:
+async def test_the_headers_of_an_answer(shared: Service) -> None:
     response = await shared.ask(TEXT, quality="fast")
     stages = dict(part.split(";dur=") for part in response.headers["server-timing"].split(", "))
     assert list(stages) == ["tokenize", "budget", "queue", "compute", "total"]

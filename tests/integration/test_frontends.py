@@ -1,4 +1,4 @@
-"""Several frontends: what one is told, all know, and what each sees is counted once."""
+"""Several frontends: changes reach all of them, and each request is counted once."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ async def all_ready(running: Service) -> bool:
     return all(answer.status_code == 200 for answer in answers)
 
 
-async def test_a_change_at_one_frontend_is_made_in_all(store: Path) -> None:
+async def test_a_model_loaded_at_one_frontend_is_served_by_all(store: Path) -> None:
     async with service(store, models=["topics:1"], fronts=3) as running:
         await until(lambda: all_ready(running), "every frontend")
         for version in (2, 1, 2):
@@ -42,7 +42,7 @@ async def test_a_change_at_one_frontend_is_made_in_all(store: Path) -> None:
                 assert await model_of(client) == f"topics:{version}"
 
 
-async def test_what_one_frontend_has_begun_outlives_a_change_at_another(
+async def test_a_running_request_keeps_its_version_when_another_frontend_changes_it(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entered, gate = threading.Event(), threading.Event()
@@ -57,17 +57,17 @@ async def test_what_one_frontend_has_begun_outlives_a_change_at_another(
         await until(lambda: all_ready(running), "every frontend")
         monkeypatch.setattr(state, "SHORT_CHARACTERS", 0)
         monkeypatch.setattr(TextEncoder, "steps", slow)
-        begun = asyncio.create_task(model_of(running.other_clients[0]))
+        running_request = asyncio.create_task(model_of(running.other_clients[0]))
         await until(entered.is_set, "the tokenizer")
         changed = await running.client.post(f"/models/{TOPICS}/load", headers=ADMIN)
         assert changed.json()["model"] == "topics:2"
         assert set(running.core.models) == {("topics", 1), ("topics", 2)}
         gate.set()
-        assert await begun == "topics:1"
+        assert await running_request == "topics:1"
         await until(lambda: set(running.core.models) == {("topics", 2)}, "the old one to be freed")
 
 
-async def test_requests_of_all_frontends_are_counted_in_one_place(model_store: Path) -> None:
+async def test_metrics_count_the_requests_of_all_frontends(model_store: Path) -> None:
     async with service(model_store, models=["topics"], fronts=2) as running:
         await until(lambda: all_ready(running), "every frontend")
         for client in (running.client, *running.other_clients):
@@ -75,26 +75,26 @@ async def test_requests_of_all_frontends_are_counted_in_one_place(model_store: P
                 await model_of(client)
 
         async def counted() -> bool:
-            shown = await running.scrape()
-            return shown.total("requests_total", route="/classify", outcome="ok") == 6
+            metrics = await running.scrape()
+            return metrics.total("requests_total", route="/classify", outcome="ok") == 6
 
         await until(counted, "the count of both fronts")
-        shown = await running.scrape()
-        assert shown.total("items_total") == 6
+        metrics = await running.scrape()
+        assert metrics.total("items_total") == 6
 
 
-async def test_crash_loops_of_every_engine_take_readiness_away(model_store: Path) -> None:
+async def test_the_server_is_not_ready_if_all_engines_crash_repeatedly(model_store: Path) -> None:
     async with service(model_store, models=["topics"], engines=2) as running:
         running.hub.report_crash_loop("frontend-1", "frontend-1 does not come up")
         running.hub.report_crash_loop("engine-0", "engine-0 does not come up")
 
-        async def said() -> bool:
+        async def reported() -> bool:
             body = (await running.client.get("/health")).json()
             return bool(
                 body["crash_loops"] == ["engine-0 does not come up", "frontend-1 does not come up"]
             )
 
-        await until(said, "the reason")
+        await until(reported, "the reason")
         assert await running.ready(), "the other engine serves"
         running.hub.report_crash_loop("engine-1", "engine-1 does not come up")
 

@@ -1,4 +1,4 @@
-"""KServe over gRPC: it says what HTTP says, and holds to the same limits."""
+"""KServe over gRPC gives the same answers as HTTP, with the same limits."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ async def caller(shared: Service) -> AsyncIterator[Calling]:
 
 @asynccontextmanager
 async def alone(store: Path, **settings: Any) -> AsyncIterator[tuple[Service, Calling]]:
-    """Run a service for one test alone, and a server of calls to it."""
+    """Run a service for one test, with its gRPC server."""
     chosen = {"models": [TOPICS], "quality_floor": "balanced"} | settings
     async with service(store, **chosen) as running, calling(running) as caller:
         yield running, caller
@@ -54,7 +54,7 @@ async def alone(store: Path, **settings: Any) -> AsyncIterator[tuple[Service, Ca
 async def http_infer(
     running: Service, inputs: list[dict[str, Any]], model: str = TOPICS, **fields: Any
 ) -> dict[str, dict[str, Any]]:
-    """Return the outputs that HTTP answers, by name."""
+    """Return the outputs of the HTTP answer, by name."""
     body = {"inputs": inputs, **fields}
     response = await running.client.post(f"/v2/models/{model}/infer", json=body)
     assert response.status_code == 200, response.text
@@ -65,8 +65,8 @@ def http_texts(texts: list[str], name: str = "text") -> dict[str, Any]:
     return {"name": name, "datatype": "BYTES", "shape": [len(texts), 1], "data": texts}
 
 
-def same(result: Any, expected: dict[str, dict[str, Any]]) -> None:
-    """Check that an answer holds the outputs that HTTP answered."""
+def check_same(result: Any, expected: dict[str, dict[str, Any]]) -> None:
+    """Check that an answer has the same outputs as that of HTTP."""
     assert [output.name for output in result.get_response().outputs] == list(expected)
     for name, output in expected.items():
         got = result.as_numpy(name)
@@ -77,49 +77,49 @@ def same(result: Any, expected: dict[str, dict[str, Any]]) -> None:
 
 
 def near(values: list[Any]) -> Any:
-    """Return values that are equal to others but for the rounding of FP32."""
+    """Return what equals these values up to the rounding of FP32."""
     return values if isinstance(values[0], (str, bytes)) else pytest.approx(values, rel=1e-6)
 
 
-def question(**fields: Any) -> Any:
+def request_of(**fields: Any) -> Any:
     return service_pb2.ModelInferRequest(model_name=TOPICS, **fields)
 
 
-def typed(name: str, datatype: str, shape: list[int], **contents: Any) -> Any:
+def typed_tensor(name: str, datatype: str, shape: list[int], **contents: Any) -> Any:
     kind = service_pb2.ModelInferRequest.InferInputTensor
     return kind(name=name, datatype=datatype, shape=shape, contents=contents)
 
 
-def typed_texts(texts: list[str]) -> Any:
+def text_tensor(texts: list[str]) -> Any:
     encoded = [text.encode() for text in texts]
-    return typed("text", "BYTES", [len(texts), 1], bytes_contents=encoded)
+    return typed_tensor("text", "BYTES", [len(texts), 1], bytes_contents=encoded)
 
 
 class TestInfer:
     @pytest.mark.parametrize("flat", [False, True])
-    async def test_texts(self, shared: Service, caller: Calling, flat: bool) -> None:
+    async def test_texts_are_answered_as_over_http(
+        self, shared: Service, caller: Calling, flat: bool
+    ) -> None:
         given = http_texts(TEXTS) | ({"shape": [len(TEXTS)]} if flat else {})
         expected = await http_infer(shared, [given])
         assert set(expected) == set(OUTPUTS)
         given = [texts_input(TEXTS, flat=flat)]
-        same(await caller.triton.infer(TOPICS, given), expected)
+        check_same(await caller.triton.infer(TOPICS, given), expected)
 
-    async def test_texts_beyond_ascii_and_empty_ones(
-        self, shared: Service, caller: Calling
-    ) -> None:
+    async def test_unicode_and_empty_texts(self, shared: Service, caller: Calling) -> None:
         odd = ["", "Füchse 🦊 liefen", "漢字", "a\x00b"]
         expected = await http_infer(shared, [http_texts(odd)])
-        same(await caller.triton.infer(TOPICS, [texts_input(odd)]), expected)
+        check_same(await caller.triton.infer(TOPICS, [texts_input(odd)]), expected)
 
-    async def test_pairs(self, shared: Service, caller: Calling) -> None:
+    async def test_pairs_are_answered_as_over_http(self, shared: Service, caller: Calling) -> None:
         texts, pairs = ["The otter slept", "A young fox"], ["A young fox ran", ""]
         given = [http_texts(texts), http_texts(pairs, "text_pair")]
         expected = await http_infer(shared, given, PAIRS)
         given = [texts_input(texts), texts_input(pairs, "text_pair")]
-        same(await caller.triton.infer(PAIRS, given), expected)
+        check_same(await caller.triton.infer(PAIRS, given), expected)
 
     @pytest.mark.parametrize("datatype", ["INT32", "INT64"])
-    async def test_tokens_say_what_their_texts_say(
+    async def test_tokens_are_answered_like_their_texts(
         self, shared: Service, caller: Calling, datatype: str
     ) -> None:
         texts: list[Text] = ["The otter slept", ("A young fox", "ran past the old mill")]
@@ -137,23 +137,25 @@ class TestInfer:
         given.append(http_texts(["", "ran past the old mill"], "text_pair"))
         expected = await http_infer(shared, given, PAIRS)
         inputs = [tensor(name, values, datatype) for name, values in arrays.items()]
-        same(await caller.triton.infer(PAIRS, inputs), expected)
+        check_same(await caller.triton.infer(PAIRS, inputs), expected)
         fields = {"INT32": "int_contents", "INT64": "int64_contents"}
         message = service_pb2.ModelInferRequest(
             model_name=PAIRS,
             inputs=[
-                typed(name, datatype, [2, width], **{fields[datatype]: values.ravel().tolist()})
+                typed_tensor(
+                    name, datatype, [2, width], **{fields[datatype]: values.ravel().tolist()}
+                )
                 for name, values in arrays.items()
             ],
         )
-        answer = await answered(caller, message)
+        answer = await send_infer(caller, message)
         assert answer.outputs[2].contents.fp32_contents == pytest.approx(expected["probs"]["data"])
 
     async def test_typed_contents_are_answered_by_typed_contents(
         self, shared: Service, caller: Calling
     ) -> None:
         expected = await http_infer(shared, [http_texts(TEXTS)], id="mine")
-        answer = await answered(caller, question(id="mine", inputs=[typed_texts(TEXTS)]))
+        answer = await send_infer(caller, request_of(id="mine", inputs=[text_tensor(TEXTS)]))
         assert (answer.id, answer.model_name, answer.model_version) == ("mine", TOPICS, "2")
         assert not answer.raw_output_contents
         assert [output.name for output in answer.outputs] == list(expected)
@@ -166,24 +168,30 @@ class TestInfer:
             decoded = [v.decode() if isinstance(v, bytes) else v for v in values]
             assert decoded == near(one["data"])
 
-    async def test_requested_outputs_and_classes(self, shared: Service, caller: Calling) -> None:
+    async def test_requested_outputs_and_class_counts(
+        self, shared: Service, caller: Calling
+    ) -> None:
         outputs = [{"name": "label"}, {"name": "probs", "parameters": {"classification": 2}}]
         expected = await http_infer(shared, [http_texts(TEXTS)], outputs=outputs)
         asked = [InferRequestedOutput("label"), InferRequestedOutput("probs", class_count=2)]
-        same(await caller.triton.infer(TOPICS, [texts_input(TEXTS)], outputs=asked), expected)
+        check_same(await caller.triton.infer(TOPICS, [texts_input(TEXTS)], outputs=asked), expected)
 
-    async def test_parameters(self, shared: Service, caller: Calling) -> None:
+    async def test_parameters_have_the_same_effect_as_over_http(
+        self, shared: Service, caller: Calling
+    ) -> None:
         given = {"quality": "fast"}, {"quality": 1.5}, {"heads": 2}, {"max_heads": 4}
         for parameters in given:
             expected = await http_infer(shared, [http_texts(TEXTS)], parameters=parameters)
             result = await caller.triton.infer(
                 TOPICS, [texts_input(TEXTS)], parameters=parameters, model_version="2"
             )
-            same(result, expected)
+            check_same(result, expected)
 
-    async def test_an_answer_tells_of_its_request(self, caller: Calling) -> None:
+    async def test_trailing_metadata_has_request_id_quality_and_times(
+        self, caller: Calling
+    ) -> None:
         call = caller.channel.unary_unary(f"{SERVICE}/ModelInfer")(
-            question(inputs=[typed_texts(TEXTS)]).SerializeToString(),
+            request_of(inputs=[text_tensor(TEXTS)]).SerializeToString(),
             metadata=[("x-request-id", "mine-1")],
         )
         await call
@@ -193,19 +201,19 @@ class TestInfer:
         assert "total;dur=" in told["server-timing"]
 
     @pytest.mark.parametrize("algorithm", ["gzip", "deflate"])
-    async def test_compressed_messages(self, caller: Calling, algorithm: str) -> None:
+    async def test_compressed_messages_are_accepted(self, caller: Calling, algorithm: str) -> None:
         given = [texts_input(TEXTS)]
         result = await caller.triton.infer(TOPICS, given, compression_algorithm=algorithm)
         assert result.as_numpy("label").shape == (len(TEXTS), 1)
 
 
-async def answered(caller: Calling, message: Any, **options: Any) -> Any:
+async def send_infer(caller: Calling, message: Any, **options: Any) -> Any:
     data = await caller.send("ModelInfer", message.SerializeToString(), **options)
     return service_pb2.ModelInferResponse.FromString(data)
 
 
-class TestOperations:
-    async def test_metadata_and_configuration_are_those_of_http(
+class TestOtherCalls:
+    async def test_metadata_and_configuration_equal_those_over_http(
         self, shared: Service, caller: Calling
     ) -> None:
         async def http(path: str) -> Any:
@@ -233,7 +241,7 @@ class TestOperations:
                 (t["name"], t["data_type"], t["dims"]) for t in described[kind]
             ]
 
-    async def test_readiness(self, caller: Calling) -> None:
+    async def test_readiness_of_server_models_and_versions(self, caller: Calling) -> None:
         triton = caller.triton
         assert await triton.is_server_live()
         assert await triton.is_server_ready()
@@ -251,12 +259,12 @@ class TestOperations:
             metadata = await refused(caller.triton.infer(TOPICS, given), "UNAVAILABLE")
             assert int(metadata["retry-after"]) >= 1
 
-    async def test_health(self, caller: Calling) -> None:
+    async def test_the_standard_health_service(self, caller: Calling) -> None:
         for name in ("", "inference.GRPCInferenceService"):
             assert await health(caller, name) == health_pb2.HealthCheckResponse.SERVING
         await refused(health(caller, "another.Service"), "NOT_FOUND")
 
-    async def test_the_repository(self, model_store: Path) -> None:
+    async def test_loading_and_unloading_through_the_repository(self, model_store: Path) -> None:
         async with alone(model_store, models=[TOPICS, PAIRS]) as (_, caller):
             triton, admin = caller.triton, {"authorization": ADMIN["Authorization"]}
             assert await served(caller) == {(PAIRS, "1"), (TOPICS, "2")}
@@ -272,7 +280,7 @@ class TestOperations:
             asking = triton.load_model(TOPICS, config="{}", headers=admin)
             await refused(asking, "INVALID_ARGUMENT", "load takes no parameters")
 
-    async def test_other_calls_are_not_there(self, caller: Calling) -> None:
+    async def test_unknown_calls_are_unimplemented(self, caller: Calling) -> None:
         await refused(caller.triton.get_inference_statistics(), "UNIMPLEMENTED")
         await refused(caller.send("Nothing", b""), "UNIMPLEMENTED")
         await refused(caller.send("/another.Service/Nothing", b""), "UNIMPLEMENTED")
@@ -293,43 +301,43 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("message", "status", "match"),
         [
-            (question(), "INVALID_ARGUMENT", "inputs"),
-            (question(inputs=[typed_texts(TEXTS)], model_version="1"), "NOT_FOUND", "topics"),
+            (request_of(), "INVALID_ARGUMENT", "inputs"),
+            (request_of(inputs=[text_tensor(TEXTS)], model_version="1"), "NOT_FOUND", "topics"),
             (service_pb2.ModelInferRequest(), "INVALID_ARGUMENT", "names no model"),
             (
                 service_pb2.ModelInferRequest(
-                    model_name="topics/versions/2", inputs=[typed_texts(TEXTS)]
+                    model_name="topics/versions/2", inputs=[text_tensor(TEXTS)]
                 ),
                 "NOT_FOUND",
                 "topics",
             ),
             (
-                question(inputs=[typed("text", "BYTES", [2, 1], bytes_contents=[b"a"])]),
+                request_of(inputs=[typed_tensor("text", "BYTES", [2, 1], bytes_contents=[b"a"])]),
                 "INVALID_ARGUMENT",
                 "its shape requires 2",
             ),
             (
-                question(inputs=[typed("text", "BYTES", [1], bytes_contents=[b"\xff"])]),
+                request_of(inputs=[typed_tensor("text", "BYTES", [1], bytes_contents=[b"\xff"])]),
                 "INVALID_ARGUMENT",
                 "is not UTF-8",
             ),
             (
-                question(inputs=[typed("text", "FP64", [1], fp64_contents=[1.0])]),
+                request_of(inputs=[typed_tensor("text", "FP64", [1], fp64_contents=[1.0])]),
                 "INVALID_ARGUMENT",
                 "datatype",
             ),
             (
-                question(inputs=[typed("text", "BYTES", [-1], bytes_contents=[b"a"])]),
+                request_of(inputs=[typed_tensor("text", "BYTES", [-1], bytes_contents=[b"a"])]),
                 "INVALID_ARGUMENT",
                 "shape",
             ),
             (
-                question(inputs=[typed_texts(TEXTS)], raw_input_contents=[b""]),
+                request_of(inputs=[text_tensor(TEXTS)], raw_input_contents=[b""]),
                 "INVALID_ARGUMENT",
                 "raw_input_contents",
             ),
             (
-                question(
+                request_of(
                     inputs=[{"name": "text", "datatype": "BYTES", "shape": [1]}],
                     raw_input_contents=[b"\x09\x00\x00\x00a"],
                 ),
@@ -337,85 +345,89 @@ class TestErrors:
                 "end within an element",
             ),
             (
-                question(inputs=[typed_texts(TEXTS)], outputs=[{"name": "odd"}]),
+                request_of(inputs=[text_tensor(TEXTS)], outputs=[{"name": "odd"}]),
                 "INVALID_ARGUMENT",
                 "unknown output",
             ),
             (
-                question(
-                    inputs=[typed_texts(TEXTS)], parameters={"quality": {"string_param": "odd"}}
+                request_of(
+                    inputs=[text_tensor(TEXTS)], parameters={"quality": {"string_param": "odd"}}
                 ),
                 "INVALID_ARGUMENT",
                 "quality",
             ),
             (
-                question(
-                    inputs=[typed_texts(TEXTS)], parameters={"timeout": {"string_param": "odd"}}
+                request_of(
+                    inputs=[text_tensor(TEXTS)], parameters={"timeout": {"string_param": "odd"}}
                 ),
                 "INVALID_ARGUMENT",
                 "timeout",
             ),
-            (question(inputs=[typed_texts(["a"] * 65)]), "RESOURCE_EXHAUSTED", "65 items"),
-            (question(inputs=[typed_texts(["a" * 10_001])]), "INVALID_ARGUMENT", "characters"),
+            (request_of(inputs=[text_tensor(["a"] * 65)]), "RESOURCE_EXHAUSTED", "65 items"),
+            (request_of(inputs=[text_tensor(["a" * 10_001])]), "INVALID_ARGUMENT", "characters"),
         ],
     )  # fmt: skip
-    async def test_what_is_wrong_is_said_and_harms_nobody_else(
+    async def test_invalid_requests_are_refused_without_affecting_others(
         self, caller: Calling, message: Any, status: str, match: str
     ) -> None:
         sound = [texts_input(TEXTS)]
         others = asyncio.gather(*(caller.triton.infer(TOPICS, sound) for _ in range(4)))
-        await refused(answered(caller, message, timeout=30), status, match)
+        await refused(send_infer(caller, message, timeout=30), status, match)
         for other in await others:
             assert len(other.as_numpy("label")) == len(TEXTS)
 
     @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.method)
-    async def test_what_is_no_message(self, caller: Calling, call: Any) -> None:
+    async def test_bytes_that_are_no_message_are_refused(self, caller: Calling, call: Any) -> None:
         method = f"/{call.service}/{call.method}"
         await refused(caller.send(method, b"\x0a\xff\xff"), "INVALID_ARGUMENT", "is not a valid ")
 
-    async def test_more_than_one_message_or_none(self, caller: Calling) -> None:
-        message = question(inputs=[typed_texts(TEXTS)]).SerializeToString()
+    async def test_a_call_takes_exactly_one_message(self, caller: Calling) -> None:
+        message = request_of(inputs=[text_tensor(TEXTS)]).SerializeToString()
         call = caller.channel.stream_unary(f"{SERVICE}/ModelInfer")
         await refused(call(iter([])), "INVALID_ARGUMENT", "no message")
         answer = service_pb2.ModelInferResponse.FromString(await call(iter([message, message])))
         assert answer.model_name == TOPICS
 
     @pytest.mark.parametrize("compression", [grpc.Compression.NoCompression, grpc.Compression.Gzip])
-    async def test_a_message_that_is_too_large(
+    async def test_too_large_messages_are_refused(
         self, caller: Calling, compression: grpc.Compression
     ) -> None:
-        message = question(inputs=[typed_texts(["a" * BODY_BYTES])])
-        asking = answered(caller, message, compression=compression)
+        message = request_of(inputs=[text_tensor(["a" * BODY_BYTES])])
+        asking = send_infer(caller, message, compression=compression)
         await refused(asking, "RESOURCE_EXHAUSTED")
         assert await caller.triton.is_server_ready()
 
     @pytest.mark.parametrize(
         "message",
         [
-            question(inputs=[{} for _ in range(80_000)]),
-            question(raw_input_contents=[b""] * 80_000),
-            question(inputs=[typed("input_ids", "INT32", [1], int_contents=[1] * 80_000)]),
-            question(inputs=[typed("input_ids", "FP32", [1], fp32_contents=[1] * 80_000)]),
-            question(inputs=[typed("text", "BYTES", [1], bytes_contents=[b""] * 80_000)]),
+            request_of(inputs=[{} for _ in range(80_000)]),
+            request_of(raw_input_contents=[b""] * 80_000),
+            request_of(inputs=[typed_tensor("input_ids", "INT32", [1], int_contents=[1] * 80_000)]),
+            request_of(inputs=[typed_tensor("input_ids", "FP32", [1], fp32_contents=[1] * 80_000)]),
+            request_of(inputs=[typed_tensor("text", "BYTES", [1], bytes_contents=[b""] * 80_000)]),
         ],
     )
-    async def test_a_message_of_too_many_values(self, caller: Calling, message: Any) -> None:
-        asking = answered(caller, message)
+    async def test_messages_with_too_many_values_are_refused(
+        self, caller: Calling, message: Any
+    ) -> None:
+        asking = send_infer(caller, message)
         await refused(asking, "RESOURCE_EXHAUSTED", "the message has more than")
 
-    async def test_metadata_that_is_too_large(self, caller: Calling) -> None:
+    async def test_too_large_metadata_is_refused(self, caller: Calling) -> None:
         asking = caller.triton.is_server_live(headers={"x-long": "a" * 40_000})
         await refused(asking, "RESOURCE_EXHAUSTED")
         assert await caller.triton.is_server_live()
 
-    async def test_a_message_that_does_not_arrive(self, model_store: Path) -> None:
+    async def test_a_message_must_arrive_in_time(self, model_store: Path) -> None:
         async with alone(model_store, receive_seconds=0.2) as (_, caller):
             call = caller.channel.stream_unary(f"{SERVICE}/ModelInfer")()
             await refused(call, "DEADLINE_EXCEEDED", "the message did not arrive in 0.2 s")
 
 
-class TestTheWayOfARequest:
-    async def test_calls_are_counted(self, shared: Service, caller: Calling) -> None:
+class TestLimitsAndTelemetry:
+    async def test_calls_are_counted_by_method_and_outcome(
+        self, shared: Service, caller: Calling
+    ) -> None:
         before = await shared.scrape()
         await caller.triton.infer(TOPICS, [texts_input(TEXTS)])
         await refused(caller.triton.infer("nothing", [texts_input(TEXTS)]), "NOT_FOUND")
@@ -441,7 +453,7 @@ class TestTheWayOfARequest:
 
         await until(grown, "the counts of calls")
 
-    async def test_keys(self, model_store: Path) -> None:
+    async def test_keys_scopes_and_rate_limits(self, model_store: Path) -> None:
         keys = {"web": key("web-secret"), "few": key("few-secret", texts_per_second=1, burst=4)}
         async with alone(model_store, keys=keys, admin_key=None) as (_, caller):
             triton, given = caller.triton, [texts_input(TEXTS)]
@@ -464,53 +476,53 @@ class TestTheWayOfARequest:
             assert await triton.is_server_ready()
             assert await health(caller) == health_pb2.HealthCheckResponse.SERVING
 
-    async def test_a_full_queue(self, model_store: Path) -> None:
+    async def test_a_full_queue_refuses_calls(self, model_store: Path) -> None:
         async with alone(model_store, max_queue_items=4) as (running, caller):
             with held(running.core):
-                first = asyncio.ensure_future(escalating(caller, TEXTS))
+                first = asyncio.ensure_future(infer_beyond_step_0(caller, TEXTS))
                 await until(lambda: texts_held(running) == len(TEXTS), "texts")
                 metadata = await refused(
-                    escalating(caller, TEXTS), "RESOURCE_EXHAUSTED", "as many texts as it can queue"
+                    infer_beyond_step_0(caller, TEXTS),
+                    "RESOURCE_EXHAUSTED",
+                    "as many texts as it can queue",
                 )
                 assert int(metadata["retry-after"]) >= 1
             assert len((await first).as_numpy("label")) == len(TEXTS)
 
-    async def test_as_many_calls_at_once_as_connections(self, model_store: Path) -> None:
+    async def test_max_connections_limits_concurrent_calls(self, model_store: Path) -> None:
         async with alone(model_store, max_connections=1) as (running, caller):
             with held(running.core):
-                first = asyncio.ensure_future(escalating(caller))
+                first = asyncio.ensure_future(infer_beyond_step_0(caller))
                 await until(lambda: texts_held(running) == 1, "a text")
-                await refused(escalating(caller), "RESOURCE_EXHAUSTED")
+                await refused(infer_beyond_step_0(caller), "RESOURCE_EXHAUSTED")
             assert len((await first).as_numpy("label")) == 1
 
-    async def test_limits_beyond_what_grpc_can_count(self, model_store: Path) -> None:
+    async def test_limits_beyond_the_range_of_grpc_are_accepted(self, model_store: Path) -> None:
         options = {"max_body_bytes": 2**40, "receive_seconds": 1e9}
         async with alone(model_store, **options) as (_, caller):
-            assert len((await escalating(caller)).as_numpy("label")) == 1
+            assert len((await infer_beyond_step_0(caller)).as_numpy("label")) == 1
 
-    async def test_a_deadline(self, model_store: Path) -> None:
+    async def test_the_earlier_of_both_deadlines_applies(self, model_store: Path) -> None:
         async with alone(model_store, timeout_ms=60_000) as (running, caller):
             with held(running.core):
-                await refused(escalating(caller, client_timeout=0.3), "DEADLINE_EXCEEDED")
+                await refused(infer_beyond_step_0(caller, client_timeout=0.3), "DEADLINE_EXCEEDED")
                 await until(lambda: texts_held(running) == 0, "the end of a text")
-                asking = escalating(caller, timeout=200_000)
+                asking = infer_beyond_step_0(caller, timeout=200_000)
                 await refused(asking, "DEADLINE_EXCEEDED", "the deadline passed")
-                asking = escalating(caller, timeout=200_000, client_timeout=60)
+                asking = infer_beyond_step_0(caller, timeout=200_000, client_timeout=60)
                 await refused(asking, "DEADLINE_EXCEEDED", "the deadline passed")
 
-    async def test_a_deadline_later_than_the_server_accepts_is_the_latest(
-        self, model_store: Path
-    ) -> None:
+    async def test_deadlines_are_capped_at_the_maximum(self, model_store: Path) -> None:
         options = {"timeout_ms": 200, "max_timeout_ms": 300}
         async with alone(model_store, **options) as (running, caller):
             with held(running.core):
-                asking = escalating(caller, client_timeout=60)
+                asking = infer_beyond_step_0(caller, client_timeout=60)
                 await refused(asking, "DEADLINE_EXCEEDED", "the deadline passed")
 
-    async def test_a_call_that_is_cancelled_is_not_computed(self, model_store: Path) -> None:
+    async def test_cancelled_calls_are_dropped(self, model_store: Path) -> None:
         async with alone(model_store) as (running, caller):
             with held(running.core):
-                asking = asyncio.ensure_future(escalating(caller))
+                asking = asyncio.ensure_future(infer_beyond_step_0(caller))
                 await until(lambda: running.in_flight() > 0, "a text in the engine")
                 asking.cancel()
                 with pytest.raises(asyncio.CancelledError):
@@ -525,13 +537,15 @@ class TestTheWayOfARequest:
 
             await until(counted, "the count of the call")
 
-    async def test_draining(self, model_store: Path) -> None:
+    async def test_draining_finishes_running_calls_and_refuses_new_ones(
+        self, model_store: Path
+    ) -> None:
         async with alone(model_store) as (running, caller):
             with held(running.core):
-                asking = asyncio.ensure_future(escalating(caller))
+                asking = asyncio.ensure_future(infer_beyond_step_0(caller))
                 await until(lambda: running.in_flight() > 0, "a text in the engine")
                 running.app.state.shared.admission.draining = True
-                await refused(escalating(caller), "UNAVAILABLE", "shutting down")
+                await refused(infer_beyond_step_0(caller), "UNAVAILABLE", "shutting down")
                 assert not await caller.triton.is_server_ready()
                 stopping = asyncio.ensure_future(caller.server.stop())
                 await until(lambda: unavailable(caller), "the end of the server's port")
@@ -539,11 +553,11 @@ class TestTheWayOfARequest:
             assert len((await asking).as_numpy("label")) == 1
             await stopping
 
-    async def test_traces(self, model_store: Path) -> None:
+    async def test_the_trace_of_the_caller_is_continued(self, model_store: Path) -> None:
         exporter, provider = InMemorySpanExporter(), TracerProvider()
         provider.add_span_processor(SimpleSpanProcessor(exporter))
         async with alone(model_store, tracer_provider=provider) as (_, caller):
-            await escalating(caller, headers={"traceparent": TRACEPARENT})
+            await infer_beyond_step_0(caller, headers={"traceparent": TRACEPARENT})
 
             def outer() -> list[ReadableSpan]:
                 spans = exporter.get_finished_spans()
@@ -559,8 +573,10 @@ class TestTheWayOfARequest:
         }
 
 
-async def escalating(caller: Calling, texts: Sequence[str] = TEXTS[:1], **options: Any) -> Any:
-    """Ask for what step 0 does not answer."""
+async def infer_beyond_step_0(
+    caller: Calling, texts: Sequence[str] = TEXTS[:1], **options: Any
+) -> Any:
+    """Classify texts with 4 heads, so that step 0 alone cannot answer."""
     parameters, given = {"heads": 4}, [texts_input(texts)]
     return await caller.triton.infer(TOPICS, given, parameters=parameters, **options)
 

@@ -1,4 +1,4 @@
-"""Jobs: from an upload to its result, with real engines; and all that cannot be asked for."""
+"""Jobs with real engines: results, interruptions, refusals, keys, sources, the client."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ TYPES = {
 COUNTS = ("budget", "heads", "macs", "dense_macs", "tokens")
 
 
-def written(rows: list[Row], kind: str) -> bytes:
-    """Return rows as a file."""
+def table_bytes(rows: list[Row], kind: str) -> bytes:
+    """Return rows as the content of a file."""
     columns = [{"text": a} if b is None else {"text": a, "text_pair": b} for a, b in rows]
     if kind == "jsonl":
         return b"".join(json.dumps(row).encode() + b"\n" for row in columns)
@@ -58,8 +58,8 @@ def written(rows: list[Row], kind: str) -> bytes:
     return bytes(sink.getvalue())
 
 
-def read(content: bytes, kind: str) -> list[dict[str, Any]]:
-    """Return the rows of a result, with numbers as numbers."""
+def rows_of_result(content: bytes, kind: str) -> list[dict[str, Any]]:
+    """Return the rows of a result, with numbers parsed."""
     if kind == "jsonl":
         return [json.loads(line) for line in content.splitlines()]
     if kind == "parquet":
@@ -75,10 +75,10 @@ def read(content: bytes, kind: str) -> list[dict[str, Any]]:
     ]
 
 
-async def submitted(
+async def submit_upload(
     client: httpx.AsyncClient, content: bytes, kind: str = "jsonl", **options: Any
 ) -> dict[str, Any]:
-    """Return a job that was accepted."""
+    """Submit a job and return it."""
     response = await client.post(
         "/jobs", content=content, headers={"content-type": TYPES[kind]}, params=options
     )
@@ -88,18 +88,18 @@ async def submitted(
     return job
 
 
-async def shown(client: httpx.AsyncClient, job: dict[str, Any]) -> dict[str, Any]:
+async def show(client: httpx.AsyncClient, job: dict[str, Any]) -> dict[str, Any]:
     response = await client.get(f"/jobs/{job['id']}")
     assert response.status_code == 200, response.text
     return dict(response.json())
 
 
-async def ended(client: httpx.AsyncClient, job: dict[str, Any]) -> dict[str, Any]:
-    """Return a job once it has ended."""
+async def wait_until_ended(client: httpx.AsyncClient, job: dict[str, Any]) -> dict[str, Any]:
+    """Wait until a job has ended, and return it."""
     found: dict[str, Any] = {}
 
     async def over() -> bool:
-        found.update(await shown(client, job))
+        found.update(await show(client, job))
         return found["status"] not in ("queued", "running")
 
     await until(over, "the end of the job")
@@ -123,33 +123,35 @@ async def running(model_store: Path, tmp_path: Path) -> AsyncIterator[Service]:
     """Return a service that runs jobs."""
     options: dict[str, Any] = {"models": [TOPICS, PAIRS], "quality_floor": "balanced"}
     async with (
-        service(model_store, fronts=2, state_dir=tmp_path / "state", **options) as it,
-        job_process(it),
+        service(model_store, fronts=2, state_dir=tmp_path / "state", **options) as running,
+        job_process(running),
     ):
-        yield it
+        yield running
 
 
 @pytest_asyncio.fixture
 async def idle(store: Path, tmp_path: Path) -> AsyncIterator[Service]:
-    """Return a service whose jobs wait until a test runs them, on a store that it may change."""
+    """Return a service without a job process, on a store that the test may change."""
     async with service(
         store, models=["topics:2"], state_dir=tmp_path / "state", quality_floor="balanced"
-    ) as it:
-        yield it
+    ) as running:
+        yield running
 
 
-class TestAnswers:
+class TestResults:
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("format", KINDS)
-    async def test_are_those_of_classify_row_by_row(
+    async def test_results_equal_the_answers_of_classify(
         self, running: Service, kind: str, format: str
     ) -> None:
         client = running.client
-        job = await submitted(client, written(ROWS, kind), kind, format=format, quality="best")
+        job = await submit_upload(
+            client, table_bytes(ROWS, kind), kind, format=format, quality="best"
+        )
         assert (job["status"], job["input"], job["format"]) == ("queued", kind, format)
-        job = await ended(client, job)
+        job = await wait_until_ended(client, job)
         assert (job["status"], job["rows"], job["failed_rows"]) == ("finished", len(ROWS), 0)
-        rows = read(await result(client, job), format)
+        rows = rows_of_result(await result(client, job), format)
         assert [row["text"] for row in rows] == [text for text, _ in ROWS]
         expected = (await running.answer([t for t, _ in ROWS], quality="best"))["data"]
         for row, item in zip(rows, expected, strict=True):
@@ -166,11 +168,11 @@ class TestAnswers:
         assert job["read_share"] == 1
         assert job["rows_per_second"] > 0
 
-    async def test_to_pairs(self, running: Service) -> None:
+    async def test_jobs_can_classify_pairs(self, running: Service) -> None:
         rows: list[Row] = [(a, b) for (a, _), (b, _) in zip(ROWS, ROWS[1:], strict=False)]
-        job = await submitted(running.client, written(rows, "csv"), "csv", model=PAIRS)
-        await ended(running.client, job)
-        found = read(await result(running.client, job), "csv")
+        job = await submit_upload(running.client, table_bytes(rows, "csv"), "csv", model=PAIRS)
+        await wait_until_ended(running.client, job)
+        found = rows_of_result(await result(running.client, job), "csv")
         assert [(row["text"], row["text_pair"]) for row in found] == rows
         (item,) = (
             await running.answer([{"text": rows[7][0], "text_pair": rows[7][1]}], model=PAIRS)
@@ -178,7 +180,7 @@ class TestAnswers:
         assert found[7]["label"] == item["label"]
 
     @pytest.mark.parametrize("how", ["raise", "nan"])
-    async def test_a_text_that_fails_alone_has_its_error_and_others_stand(
+    async def test_a_failed_text_has_an_error_and_others_have_answers(
         self, running: Service, how: str
     ) -> None:
         long = "The otter " + "slept " * 20
@@ -187,9 +189,9 @@ class TestAnswers:
         assert tokens not in {item["tokens"] for item in (await running.answer(texts[:20]))["data"]}
         network = running.core.models[TOPICS, 2].network
         with poison(network, tokens, how):
-            content = written([(text, None) for text in texts], "jsonl")
-            job = await submitted(running.client, content, heads=1, format="csv")
-            job = await ended(running.client, job)
+            content = table_bytes([(text, None) for text in texts], "jsonl")
+            job = await submit_upload(running.client, content, heads=1, format="csv")
+            job = await wait_until_ended(running.client, job)
         assert (job["status"], job["rows"], job["failed_rows"]) == ("finished", 41, 1)
         table = list(csv.DictReader(io.StringIO((await result(running.client, job)).decode())))
         assert [row["text"] for row in table] == texts
@@ -197,19 +199,21 @@ class TestAnswers:
         assert table[20]["label"] == ""
         assert all(row["label"] for place, row in enumerate(table) if place != 20)
 
-    async def test_a_text_that_no_request_may_hold_fails_alone(self, running: Service) -> None:
+    async def test_a_too_long_text_has_an_error_and_others_have_answers(
+        self, running: Service
+    ) -> None:
         most = running.app.state.shared.settings.max_text_characters
-        job = await submitted(
-            running.client, written([("a fox", None), ("x" * (most + 1), None)], "jsonl")
+        job = await submit_upload(
+            running.client, table_bytes([("a fox", None), ("x" * (most + 1), None)], "jsonl")
         )
-        await ended(running.client, job)
-        short, long = read(await result(running.client, job), "jsonl")
+        await wait_until_ended(running.client, job)
+        short, long = rows_of_result(await result(running.client, job), "jsonl")
         assert short["label"]
         assert f"at most {most}" in long["error"]
 
-    async def test_a_file_that_cannot_be_read_fails_with_the_row(self, running: Service) -> None:
-        content = written(ROWS[:100], "jsonl") + b'{"text": 7}\n'
-        job = await ended(running.client, await submitted(running.client, content))
+    async def test_an_unreadable_row_fails_the_job_by_its_number(self, running: Service) -> None:
+        content = table_bytes(ROWS[:100], "jsonl") + b'{"text": 7}\n'
+        job = await wait_until_ended(running.client, await submit_upload(running.client, content))
         assert job["status"] == "failed"
         assert job["rows"] <= 100
         assert (
@@ -220,18 +224,18 @@ class TestAnswers:
         assert "row 101" in error_of(response, 409, "no_result")["message"]
 
 
-class TestAnInterruptedJob:
+class TestInterruptedJobs:
     @pytest.mark.parametrize("cut", [0, 1, 30, -1])
-    async def test_goes_on_after_its_last_whole_line(
+    async def test_a_job_continues_after_its_last_complete_line(
         self, idle: Service, cut: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(runner, "REPORT_SECONDS", 0.01)
         store = JobStore(idle.app.state.shared.settings.state_dir)
-        whole = await submitted(idle.client, written(ROWS, "jsonl"))
+        whole = await submit_upload(idle.client, table_bytes(ROWS, "jsonl"))
         async with job_process(idle):
-            await ended(idle.client, whole)
+            await wait_until_ended(idle.client, whole)
         answers = (await result(idle.client, whole)).splitlines(keepends=True)
-        job = await submitted(idle.client, written(ROWS, "jsonl"))
+        job = await submit_upload(idle.client, table_bytes(ROWS, "jsonl"))
         stored = store.get(job["id"])
         assert stored is not None
         head = {
@@ -244,75 +248,75 @@ class TestAnInterruptedJob:
         torn = b"".join(answers[:50]) + answers[50][:cut]
         part.write_bytes(json.dumps(head).encode() + b"\n" + torn)
         async with job_process(idle):
-            job = await ended(idle.client, job)
+            job = await wait_until_ended(idle.client, job)
         assert job["status"] == "finished", job
         assert (job["rows"], job["labels"]) == (
             len(ROWS),
-            (await shown(idle.client, whole))["labels"],
+            (await show(idle.client, whole))["labels"],
         )
-        again = read(await result(idle.client, job), "jsonl")
+        again = rows_of_result(await result(idle.client, job), "jsonl")
         assert [row["text"] for row in again] == [text for text, _ in ROWS]
         assert [row["label"] for row in again] == [json.loads(line)["label"] for line in answers]
 
-    async def test_that_had_its_result_already_is_finished(self, idle: Service) -> None:
-        job = await submitted(idle.client, written(ROWS, "jsonl"))
+    async def test_a_job_with_a_complete_result_is_finished(self, idle: Service) -> None:
+        job = await submit_upload(idle.client, table_bytes(ROWS, "jsonl"))
         async with job_process(idle):
-            await ended(idle.client, job)
+            await wait_until_ended(idle.client, job)
         stored = JobStore(idle.app.state.shared.settings.state_dir).get(job["id"])
         assert stored is not None
         progress = stored.progress()
         stored.write_progress(msgspec.structs.replace(progress, status="running", ended=None))
         async with job_process(idle):
-            job = await ended(idle.client, job)
+            job = await wait_until_ended(idle.client, job)
         assert (job["status"], job["rows"]) == ("finished", len(ROWS))
 
-    async def test_whose_model_was_replaced_fails_and_says_why(self, idle: Service) -> None:
-        job = await submitted(idle.client, written(ROWS, "jsonl"), model="topics:2")
+    async def test_a_job_fails_if_its_model_was_replaced(self, idle: Service) -> None:
+        job = await submit_upload(idle.client, table_bytes(ROWS, "jsonl"), model="topics:2")
         loaded = await idle.client.post("/models/topics/load", json={"version": 1}, headers=ADMIN)
         assert loaded.status_code == 200
         async with job_process(idle):
-            job = await ended(idle.client, job)
+            job = await wait_until_ended(idle.client, job)
         assert job["status"] == "failed"
         assert "topics:2, for which the job was accepted, is not served" in job["error"]
         assert "version 1" in job["error"]
 
-    async def test_that_ends_its_process_again_and_again_is_given_up(self, idle: Service) -> None:
-        job = await submitted(idle.client, written(ROWS, "jsonl"))
+    async def test_a_job_that_ended_its_process_5_times_fails(self, idle: Service) -> None:
+        job = await submit_upload(idle.client, table_bytes(ROWS, "jsonl"))
         stored = JobStore(idle.app.state.shared.settings.state_dir).get(job["id"])
         assert stored is not None
         stored.write_progress(JobProgress(status="running", starts=runner.MAX_STARTS))
         async with job_process(idle):
-            job = await ended(idle.client, job)
+            job = await wait_until_ended(idle.client, job)
         assert job["status"] == "failed"
         assert "5 times without an answer" in job["error"]
 
-    async def test_whose_outcome_cannot_be_written_is_shown_and_tried_again(
-        self, idle: Service
-    ) -> None:
-        job = await submitted(idle.client, written(ROWS[:5], "jsonl"))
+    async def test_a_job_is_repeated_until_its_progress_can_be_written(self, idle: Service) -> None:
+        job = await submit_upload(idle.client, table_bytes(ROWS[:5], "jsonl"))
         stored = JobStore(idle.app.state.shared.settings.state_dir).get(job["id"])
         assert stored is not None
         blocked = stored.folder / "progress.json"
         blocked.mkdir()
         (blocked / "in the way").touch()
 
-        async def told() -> bool:
+        async def reported() -> bool:
             errors = (await idle.client.get("/health")).json()["errors"]
             return any("IsADirectoryError" in error for error in errors)
 
         async with job_process(idle):
-            await until(told, "the problem in /health")
+            await until(reported, "the problem in /health")
             (blocked / "in the way").unlink()
             blocked.rmdir()
-            assert (await ended(idle.client, job))["status"] == "finished"
+            assert (await wait_until_ended(idle.client, job))["status"] == "finished"
 
         async def solved() -> bool:
-            return not await told()
+            return not await reported()
 
         await until(solved, "the end of the problem")
 
-    async def test_an_orderly_end_of_the_process_is_no_failed_start(self, idle: Service) -> None:
-        job = await submitted(idle.client, written(ROWS, "jsonl"), heads=1)
+    async def test_a_normal_end_of_the_process_is_not_counted_as_a_failed_start(
+        self, idle: Service
+    ) -> None:
+        job = await submit_upload(idle.client, table_bytes(ROWS, "jsonl"), heads=1)
         stored = JobStore(idle.app.state.shared.settings.state_dir).get(job["id"])
         assert stored is not None
         with held(idle.core):
@@ -323,16 +327,16 @@ class TestAnInterruptedJob:
         assert stored.progress().status == "running"
 
 
-async def test_jobs_run_in_order_and_one_that_is_removed_while_it_runs_leaves_nothing(
+async def test_jobs_run_in_order_and_deleted_ones_leave_nothing(
     running: Service,
 ) -> None:
     client = running.client
     with held(running.core), capture_logs() as lines:
-        first = await submitted(client, written(ROWS, "jsonl"), heads=1)
-        second = await submitted(client, written(ROWS[:3], "jsonl"))
+        first = await submit_upload(client, table_bytes(ROWS, "jsonl"), heads=1)
+        second = await submit_upload(client, table_bytes(ROWS[:3], "jsonl"))
         await until(lambda: running.in_flight() > 0, "the first job in the engine")
-        assert (await shown(client, first))["status"] == "running"
-        assert (await shown(client, second))["status"] == "queued"
+        assert (await show(client, first))["status"] == "running"
+        assert (await show(client, second))["status"] == "queued"
         listed = (await client.get("/jobs")).json()["data"]
         assert [job["id"] for job in listed] == [second["id"], first["id"]]
         response = await client.delete(f"/jobs/{first['id']}")
@@ -340,17 +344,17 @@ async def test_jobs_run_in_order_and_one_that_is_removed_while_it_runs_leaves_no
         error_of(await client.get(f"/jobs/{first['id']}"), 404, "unknown_job")
         await until(lambda: "job cancelled" in [line["event"] for line in lines], "its end")
         assert [line for line in lines if line["log_level"] == "error"] == []
-    assert (await ended(client, second))["status"] == "finished"
+    assert (await wait_until_ended(client, second))["status"] == "finished"
     response = await client.delete(f"/jobs/{second['id']}")
     assert response.json()["status"] == "finished"
     assert (await client.get("/jobs")).json() == {"object": "list", "data": []}
     assert list((running.app.state.shared.settings.state_dir / "jobs").iterdir()) == []
 
 
-async def test_every_frontend_answers_for_every_job(running: Service) -> None:
+async def test_every_frontend_serves_every_job(running: Service) -> None:
     (other,) = running.other_clients
-    job = await submitted(running.client, written(ROWS[:10], "csv"), "csv")
-    assert (await ended(other, job))["rows"] == 10
+    job = await submit_upload(running.client, table_bytes(ROWS[:10], "csv"), "csv")
+    assert (await wait_until_ended(other, job))["rows"] == 10
     content = await result(other, job)
     assert content == await result(running.client, job)
     headers = await head_of_result(other, job)
@@ -362,8 +366,8 @@ async def test_every_frontend_answers_for_every_job(running: Service) -> None:
 async def test_a_head_request_does_not_read_the_result(
     running: Service, headers: dict[str, str]
 ) -> None:
-    job = await submitted(running.client, written(ROWS[:10], "csv"), "csv")
-    await ended(running.client, job)
+    job = await submit_upload(running.client, table_bytes(ROWS[:10], "csv"), "csv")
+    await wait_until_ended(running.client, job)
     jobs = running.app.state.shared.settings.state_dir / "jobs"
     os.truncate(jobs / job["id"] / "result.csv", 2**26)
     before = psutil.Process().io_counters().read_chars
@@ -374,8 +378,8 @@ async def test_a_head_request_does_not_read_the_result(
 
 
 async def test_a_small_result_has_the_same_size_in_a_head_request(running: Service) -> None:
-    job = await submitted(running.client, written(ROWS[:30], "csv"), "csv")
-    await ended(running.client, job)
+    job = await submit_upload(running.client, table_bytes(ROWS[:30], "csv"), "csv")
+    await wait_until_ended(running.client, job)
     sizes = [
         (await running.client.request(method, f"/jobs/{job['id']}/result")).headers[
             "content-length"
@@ -386,10 +390,10 @@ async def test_a_small_result_has_the_same_size_in_a_head_request(running: Servi
     assert int(sizes[0]) > 4096, "large enough to be compressed"
 
 
-async def test_what_a_job_counts(running: Service) -> None:
+async def test_metrics_count_the_rows_of_a_job(running: Service) -> None:
     before = await running.scrape()
-    job = await submitted(running.client, written(ROWS, "jsonl"), quality="best")
-    await ended(running.client, job)
+    job = await submit_upload(running.client, table_bytes(ROWS, "jsonl"), quality="best")
+    await wait_until_ended(running.client, job)
     names = ("job_rows_total", "key_texts_total", "items_total")
 
     async def counted() -> bool:
@@ -412,10 +416,10 @@ class TestRefusals:
         return await running.client.post("/jobs", content=content, headers=headers, params=how)
 
     @pytest.mark.parametrize("kind", ["", "text/plain", "application/octet-stream"])
-    async def test_of_other_kinds_of_files(self, idle: Service, kind: str) -> None:
+    async def test_other_media_types_are_refused(self, idle: Service, kind: str) -> None:
         error_of(await self.post(idle, kind=kind), 415, "unsupported_media_type")
 
-    async def test_of_compressed_files(self, idle: Service) -> None:
+    async def test_compressed_uploads_are_refused(self, idle: Service) -> None:
         response = await self.post(idle, headers={"content-encoding": "gzip"})
         error_of(response, 415, "unsupported_media_type")
 
@@ -434,88 +438,94 @@ class TestRefusals:
             ({"formta": "csv"}, 422, "unknown_field", "formta"),
         ],
     )
-    async def test_of_options(
+    async def test_invalid_options_are_refused(
         self, idle: Service, options: dict[str, str], status: int, code: str, param: str
     ) -> None:
         error_of(await self.post(idle, **options), status, code, param)
         assert not (idle.app.state.shared.settings.state_dir).exists()
 
-    async def test_of_an_empty_file(self, idle: Service) -> None:
+    async def test_empty_files_are_refused(self, idle: Service) -> None:
         error_of(await self.post(idle, b""), 400, "invalid_shape")
         assert list((idle.app.state.shared.settings.state_dir / "jobs").iterdir()) == []
 
-    async def test_of_what_is_too_large(self, model_store: Path, tmp_path: Path) -> None:
+    async def test_too_large_uploads_are_refused(self, model_store: Path, tmp_path: Path) -> None:
         async with service(
             model_store, models=[TOPICS], state_dir=tmp_path, max_job_bytes=1000, max_body_bytes=100
-        ) as it:
-            error_of(await self.post(it, b"text\n" + b"x" * 1000), 413, "body_too_large")
+        ) as running:
+            error_of(await self.post(running, b"text\n" + b"x" * 1000), 413, "body_too_large")
 
             async def parts() -> AsyncIterator[bytes]:
                 for _ in range(11):
                     yield b"x" * 100
 
-            response = await it.client.post(
+            response = await running.client.post(
                 "/jobs", content=parts(), headers={"content-type": "text/csv"}
             )
             error_of(response, 413, "body_too_large")
             assert list((tmp_path / "jobs").iterdir()) == []
-            assert (await self.post(it, b"text\n" + b"x" * 990)).status_code == 202
+            assert (await self.post(running, b"text\n" + b"x" * 990)).status_code == 202
 
-    async def test_of_more_jobs_or_bytes_than_are_kept(
+    async def test_the_number_and_size_of_jobs_are_limited(
         self, model_store: Path, tmp_path: Path
     ) -> None:
         async with service(
             model_store, models=[TOPICS], state_dir=tmp_path, max_jobs=2, max_jobs_bytes=3000
-        ) as it:
-            assert (await self.post(it, b"text\n" + b"x" * 2000)).status_code == 202
-            error_of(await self.post(it, b"text\n" + b"x" * 2000), 429, "too_many_jobs")
-            assert (await self.post(it)).status_code == 202
-            error_of(await self.post(it), 429, "too_many_jobs")
+        ) as running:
+            assert (await self.post(running, b"text\n" + b"x" * 2000)).status_code == 202
+            error_of(await self.post(running, b"text\n" + b"x" * 2000), 429, "too_many_jobs")
+            assert (await self.post(running)).status_code == 202
+            error_of(await self.post(running), 429, "too_many_jobs")
 
     @pytest.mark.parametrize(
         "job", ["0" * 32, "..%2f" + "0" * 32, "%2e%2e", "jobs", "%00", "0" * 31 + "%0a"]
     )
     @pytest.mark.parametrize("method", ["GET", "DELETE"])
-    async def test_of_ids_that_are_none(self, idle: Service, job: str, method: str) -> None:
-        await submitted(idle.client, b'{"text": "a"}\n')
+    async def test_unknown_and_invalid_ids_are_refused(
+        self, idle: Service, job: str, method: str
+    ) -> None:
+        await submit_upload(idle.client, b'{"text": "a"}\n')
         url = httpx.URL(f"http://service/jobs/{job}")
         response = await idle.client.request(method, url)
         assert response.status_code in (404, 405)
         error_of(response, response.status_code)
         assert len((await idle.client.get("/jobs")).json()["data"]) == 1
 
-    async def test_of_results_that_are_not_there_yet(self, idle: Service) -> None:
-        job = await submitted(idle.client, b'{"text": "a"}\n')
+    async def test_a_queued_job_has_no_result(self, idle: Service) -> None:
+        job = await submit_upload(idle.client, b'{"text": "a"}\n')
         response = await idle.client.get(f"/jobs/{job['id']}/result")
         assert "queued" in error_of(response, 409, "no_result")["message"]
 
-    async def test_on_a_cluster(self, model_store: Path, tmp_path: Path) -> None:
-        async with service(model_store, models=[TOPICS], state_dir=tmp_path, cluster=True) as it:
-            message = error_of(await self.post(it), 501, "not_supported")["message"]
+    async def test_jobs_are_not_supported_on_a_cluster(
+        self, model_store: Path, tmp_path: Path
+    ) -> None:
+        async with service(
+            model_store, models=[TOPICS], state_dir=tmp_path, cluster=True
+        ) as running:
+            message = error_of(await self.post(running), 501, "not_supported")["message"]
             assert "Ray" in message
 
-    async def test_where_nothing_can_be_written_are_shown_and_nothing_else_suffers(
+    async def test_an_unwritable_state_folder_only_prevents_jobs(
         self, model_store: Path, tmp_path: Path
     ) -> None:
         blocked = tmp_path / "file"
         blocked.write_text("this is no folder")
-        async with service(model_store, models=[TOPICS], state_dir=blocked / "state") as it:
-            message = error_of(await self.post(it), 503, "jobs_unavailable")["message"]
+        async with service(model_store, models=[TOPICS], state_dir=blocked / "state") as running:
+            message = error_of(await self.post(running), 503, "jobs_unavailable")["message"]
             assert message == "the server cannot store jobs: Not a directory; try again later"
 
-            async def told() -> bool:
-                errors = (await it.client.get("/health")).json()["errors"]
+            async def reported() -> bool:
+                errors = (await running.client.get("/health")).json()["errors"]
                 return errors == [f"{blocked}/state/jobs cannot be written: Not a directory"]
 
-            await until(told, "the problem in /health")
-            assert (await it.client.get("/health")).status_code == 200
-            assert (await it.client.get("/jobs")).json()["data"] == []
-            await it.item("A choir rehearsed.")
+            await until(reported, "the problem in /health")
+            assert (await running.client.get("/health")).status_code == 200
+            assert (await running.client.get("/jobs")).json()["data"] == []
+            await running.item("A choir rehearsed.")
             blocked.unlink()
-            assert (await self.post(it)).status_code == 202
+            assert (await self.post(running)).status_code == 202
 
             async def forgotten() -> bool:
-                return (await it.client.get("/health")).json()["errors"] == []
+                return (await running.client.get("/health")).json()["errors"] == []
 
             await until(forgotten, "the end of the problem")
 
@@ -530,15 +540,15 @@ class TestKeys:
             name: Key.model_validate({"sha256": digest(secret.encode()), "scopes": scopes[name]})
             for name, secret in self.SECRETS.items()
         }
-        async with service(model_store, models=[TOPICS], keys=keys, state_dir=tmp_path) as it:
-            yield it
+        async with service(model_store, models=[TOPICS], keys=keys, state_dir=tmp_path) as running:
+            yield running
 
-    async def ask(self, it: Service, method: str, path: str, name: str, **how: Any) -> Any:
+    async def ask(self, running: Service, method: str, path: str, name: str, **how: Any) -> Any:
         key = {"x-api-key": self.SECRETS[name]} if name != "admin" else ADMIN
         headers = key | {"content-type": "text/csv"}
-        return await it.client.request(method, path, headers=headers, **how)
+        return await running.client.request(method, path, headers=headers, **how)
 
-    async def test_see_and_end_their_own_jobs_and_admin_all(self, keyed: Service) -> None:
+    async def test_keys_only_see_their_own_jobs_but_admin_sees_all(self, keyed: Service) -> None:
         ids = {}
         for name in ("one", "two", "admin"):
             response = await self.ask(keyed, "POST", "/jobs", name, content=b"text\na\n")
@@ -553,7 +563,7 @@ class TestKeys:
         assert (await self.ask(keyed, "DELETE", f"/jobs/{ids['one']}", "one")).status_code == 200
         assert (await self.ask(keyed, "DELETE", f"/jobs/{ids['two']}", "admin")).status_code == 200
 
-    async def test_without_the_scope_have_none(self, keyed: Service) -> None:
+    async def test_jobs_require_the_jobs_scope(self, keyed: Service) -> None:
         response = await self.ask(keyed, "POST", "/jobs", "reader", content=b"text\na\n")
         error_of(response, 403, "missing_scope")
         error_of(await keyed.client.get("/jobs"), 401, "no_key")
@@ -573,8 +583,8 @@ class _S3(MemoryFileSystem):
 
 class TestSources:
     @pytest_asyncio.fixture
-    async def place(self) -> AsyncIterator[tuple[str, dict[str, bytes]]]:
-        """Return the address of a server of files, and its files by path."""
+    async def file_server(self) -> AsyncIterator[tuple[str, dict[str, bytes]]]:
+        """Return the address of a file server, and its files by path."""
         files: dict[str, bytes] = {}
 
         async def serve(reader: Any, writer: Any) -> None:
@@ -601,44 +611,44 @@ class TestSources:
 
     @pytest_asyncio.fixture
     async def sourced(
-        self, model_store: Path, tmp_path: Path, place: tuple[str, dict[str, bytes]]
+        self, model_store: Path, tmp_path: Path, file_server: tuple[str, dict[str, bytes]]
     ) -> AsyncIterator[Service]:
-        sources = [f"{place[0]}/texts/", "s3://bucket/texts/"]
+        sources = [f"{file_server[0]}/texts/", "s3://bucket/texts/"]
         async with (
             service(
                 model_store, models=[TOPICS], state_dir=tmp_path, job_sources=sources,
                 max_job_bytes=100_000,
-            ) as it,
-            job_process(it),
+            ) as running,
+            job_process(running),
         ):  # fmt: skip
-            yield it
+            yield running
 
-    async def submit(self, it: Service, source: str, **more: Any) -> Any:
-        return await it.client.post("/jobs", json={"source": source, **more})
+    async def submit(self, running: Service, source: str, **more: Any) -> Any:
+        return await running.client.post("/jobs", json={"source": source, **more})
 
-    async def test_are_read_like_uploads(
-        self, sourced: Service, place: tuple[str, dict[str, bytes]]
+    async def test_a_source_is_read_like_an_upload(
+        self, sourced: Service, file_server: tuple[str, dict[str, bytes]]
     ) -> None:
-        address, files = place
-        files["/texts/a.csv"] = written(ROWS, "csv")
+        address, files = file_server
+        files["/texts/a.csv"] = table_bytes(ROWS, "csv")
         response = await self.submit(sourced, f"{address}/texts/a.csv?signature=x", format="jsonl")
         assert response.status_code == 202
-        job = await ended(sourced.client, response.json())
+        job = await wait_until_ended(sourced.client, response.json())
         assert (job["status"], job["source"]) == ("finished", f"{address}/texts/a.csv")
-        rows = read(await result(sourced.client, job), "jsonl")
+        rows = rows_of_result(await result(sourced.client, job), "jsonl")
         assert [row["text"] for row in rows] == [text for text, _ in ROWS]
 
     @pytest.mark.parametrize("kind", KINDS)
     async def test_are_read_from_an_object_store(
         self, sourced: Service, bucket: _S3, kind: str
     ) -> None:
-        bucket.pipe_file(f"/bucket/texts/day.{kind}", written(ROWS, kind))
+        bucket.pipe_file(f"/bucket/texts/day.{kind}", table_bytes(ROWS, kind))
         source = f"s3://bucket/texts/day.{kind}"
         response = await self.submit(sourced, source, format="jsonl")
         assert response.status_code == 202
-        job = await ended(sourced.client, response.json())
+        job = await wait_until_ended(sourced.client, response.json())
         assert (job["status"], job["source"], job["input"]) == ("finished", source, kind)
-        rows = read(await result(sourced.client, job), "jsonl")
+        rows = rows_of_result(await result(sourced.client, job), "jsonl")
         assert [row["text"] for row in rows] == [text for text, _ in ROWS]
 
     @pytest.mark.parametrize(
@@ -652,10 +662,10 @@ class TestSources:
     async def test_that_an_object_store_lacks_fail_the_job(
         self, sourced: Service, bucket: _S3, name: str, why: str
     ) -> None:
-        bucket.pipe_file("/bucket/texts/folder.csv/a.csv", written(ROWS, "csv"))
+        bucket.pipe_file("/bucket/texts/folder.csv/a.csv", table_bytes(ROWS, "csv"))
         bucket.pipe_file("/bucket/texts/large.csv", b"text\n" + b"x" * 100_000)
         response = await self.submit(sourced, f"s3://bucket/texts/{name}")
-        job = await ended(sourced.client, response.json())
+        job = await wait_until_ended(sourced.client, response.json())
         assert job["status"] == "failed"
         assert why in job["error"]
         assert f"s3://bucket/texts/{name}" in job["error"]
@@ -668,14 +678,14 @@ class TestSources:
         ("name", "why"),
         [("missing.csv", "404"), ("moved.csv", "302"), ("large.csv", "larger than 100000 bytes")],
     )
-    async def test_that_cannot_be_read_fail_the_job(
-        self, sourced: Service, place: tuple[str, dict[str, bytes]], name: str, why: str
+    async def test_an_unreadable_source_fails_the_job(
+        self, sourced: Service, file_server: tuple[str, dict[str, bytes]], name: str, why: str
     ) -> None:
-        address, files = place
-        files["/secret.csv"] = written(ROWS, "csv")
+        address, files = file_server
+        files["/secret.csv"] = table_bytes(ROWS, "csv")
         files["/texts/large.csv"] = b"text\n" + b"x" * 100_000
         response = await self.submit(sourced, f"{address}/texts/{name}")
-        job = await ended(sourced.client, response.json())
+        job = await wait_until_ended(sourced.client, response.json())
         assert job["status"] == "failed"
         assert why in job["error"]
 
@@ -683,30 +693,34 @@ class TestSources:
         "path",
         ["/secret.csv", "/texts/../secret.csv", "/texts/%2e%2e/secret.csv", "/textsecret.csv"],
     )
-    async def test_elsewhere_are_refused(
-        self, sourced: Service, place: tuple[str, dict[str, bytes]], path: str
+    async def test_sources_outside_the_allowed_prefix_are_refused(
+        self, sourced: Service, file_server: tuple[str, dict[str, bytes]], path: str
     ) -> None:
-        error_of(await self.submit(sourced, place[0] + path), 422, None, "source")
+        error_of(await self.submit(sourced, file_server[0] + path), 422, None, "source")
 
     @pytest.mark.parametrize("source", ["/etc/passwd", "file:///etc/hosts.csv", "input.csv"])
-    async def test_are_never_files_of_the_server(self, sourced: Service, source: str) -> None:
+    async def test_files_of_the_server_are_refused_as_sources(
+        self, sourced: Service, source: str
+    ) -> None:
         error_of(await self.submit(sourced, source), 422, "invalid_field", "source")
 
-    async def test_say_their_kind(
-        self, sourced: Service, place: tuple[str, dict[str, bytes]]
+    async def test_the_address_of_a_source_must_state_its_format(
+        self, sourced: Service, file_server: tuple[str, dict[str, bytes]]
     ) -> None:
-        response = await self.submit(sourced, f"{place[0]}/texts/a.xlsx")
+        response = await self.submit(sourced, f"{file_server[0]}/texts/a.xlsx")
         assert ".parquet" in error_of(response, 422, "invalid_field", "source")["message"]
 
-    async def test_are_none_unless_the_operator_allows_some(self, idle: Service) -> None:
+    async def test_sources_are_refused_unless_configured(self, idle: Service) -> None:
         response = await self.submit(idle, "https://data.example/a.csv")
         error_of(response, 422, "source_not_allowed", "source")
 
 
-class TestTheAsynchronousClient:
-    async def test_submits_follows_and_saves(self, running: Service, tmp_path: Path) -> None:
+class TestAsyncClient:
+    async def test_the_client_submits_follows_and_saves_a_job(
+        self, running: Service, tmp_path: Path
+    ) -> None:
         file, output = tmp_path / "texts.csv", tmp_path / "answers.jsonl"
-        file.write_bytes(written(ROWS, "csv"))
+        file.write_bytes(table_bytes(ROWS, "csv"))
         client = AsyncClient("http://service", http=running.client)
         job = await client.submit_job(file, format="jsonl", quality="best")
         seen: list[dict[str, Any]] = []
@@ -721,7 +735,9 @@ class TestTheAsynchronousClient:
             await client.save_job_result(job["id"], tmp_path / "none.jsonl")
         assert sorted(tmp_path.iterdir()) == [output, tmp_path / "state", file]
 
-    async def test_refuses_what_is_no_table(self, running: Service, tmp_path: Path) -> None:
+    async def test_the_client_refuses_other_files_and_unreachable_sources(
+        self, running: Service, tmp_path: Path
+    ) -> None:
         client = AsyncClient("http://service", http=running.client)
         with pytest.raises(InputError, match="not a .parquet"):
             await client.submit_job(tmp_path / "texts.xlsx")

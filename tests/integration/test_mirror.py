@@ -1,4 +1,4 @@
-"""A store elsewhere, copied into the local one."""
+"""Copying checkpoints from a remote store to the local one."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ TEXT = sentences("animals")[0]
 
 @pytest.fixture
 def bucket(store: Path, tmp_path: Path) -> str:
-    """Return the URL of a store with topics 1 and 2, and pairs."""
+    """Return the URL of a remote store with topics 1 and 2, and pairs."""
     MemoryFileSystem().put(str(store), f"/{tmp_path.name}", recursive=True)
     return f"memory://{tmp_path.name}"
 
 
-def inside(bucket: str, path: str) -> str:
+def path_in_bucket(bucket: str, path: str) -> str:
     return f"{bucket.removeprefix('memory:/')}/{path}"
 
 
@@ -47,20 +47,20 @@ def test_the_highest_version_of_every_model_is_copied(bucket: str, tmp_path: Pat
             checkpoint.verify()
 
 
-def test_a_model_that_is_asked_for_alone_or_by_its_version(bucket: str, tmp_path: Path) -> None:
+def test_only_the_requested_version_is_copied(bucket: str, tmp_path: Path) -> None:
     Mirror(bucket, tmp_path / "here", ["topics:1"]).copy()
     assert versions(tmp_path / "here") == {TOPICS: [1]}
 
 
-def test_what_is_there_is_not_copied_again(bucket: str, tmp_path: Path) -> None:
+def test_existing_versions_are_not_copied_again(bucket: str, tmp_path: Path) -> None:
     mirror = Mirror(bucket, tmp_path / "here", [TOPICS])
     mirror.copy()
-    MemoryFileSystem().rm(inside(bucket, "topics/2/model.safetensors"))
+    MemoryFileSystem().rm(path_in_bucket(bucket, "topics/2/model.safetensors"))
     assert mirror.copy() == []
 
 
-def test_a_damaged_one_is_named_and_leaves_nothing_behind(bucket: str, tmp_path: Path) -> None:
-    MemoryFileSystem().pipe(inside(bucket, "topics/2/model.safetensors"), b"nonsense")
+def test_a_damaged_checkpoint_is_reported_and_leaves_no_files(bucket: str, tmp_path: Path) -> None:
+    MemoryFileSystem().pipe(path_in_bucket(bucket, "topics/2/model.safetensors"), b"nonsense")
     (problem,) = Mirror(bucket, tmp_path / "here", []).copy()
     assert "topics/2" in problem
     assert versions(tmp_path / "here") == {PAIRS: [1]}
@@ -68,7 +68,9 @@ def test_a_damaged_one_is_named_and_leaves_nothing_behind(bucket: str, tmp_path:
 
 
 @pytest.mark.parametrize("url", ["nosuchscheme://bucket/models", "memory://nothing"])
-def test_a_store_that_cannot_be_listed_or_is_empty(url: str, tmp_path: Path) -> None:
+def test_an_empty_store_copies_nothing_and_an_unknown_scheme_is_an_error(
+    url: str, tmp_path: Path
+) -> None:
     mirror = Mirror(url, tmp_path / "here", [])
     if url.startswith("memory"):
         assert mirror.copy() == []
@@ -77,7 +79,7 @@ def test_a_store_that_cannot_be_listed_or_is_empty(url: str, tmp_path: Path) -> 
         assert problem.startswith(f"{url}: ")
 
 
-async def test_what_comes_into_the_bucket_is_served(bucket: str, tmp_path: Path) -> None:
+async def test_new_versions_in_the_remote_store_are_served(bucket: str, tmp_path: Path) -> None:
     here = tmp_path / "here"
     mirror = Mirror(bucket, here, [TOPICS])
     Mirror(bucket, here, ["topics:1"]).copy()
@@ -87,19 +89,19 @@ async def test_what_comes_into_the_bucket_is_served(bucket: str, tmp_path: Path)
         assert (await running.answer(TEXT))["model"] == "topics:2"
 
 
-def test_a_name_that_leads_elsewhere_is_passed_over(
-    bucket: str, store: Path, tmp_path: Path
-) -> None:
+def test_hidden_folders_are_ignored(bucket: str, store: Path, tmp_path: Path) -> None:
     shutil.copytree(store / PAIRS / "1", tmp_path / "odd")
     manifest = json.loads((tmp_path / "odd" / "manifest.json").read_text())
     (tmp_path / "odd" / "manifest.json").write_text(json.dumps(manifest))
-    MemoryFileSystem().put(str(tmp_path / "odd"), inside(bucket, ".hidden/1"), recursive=True)
+    MemoryFileSystem().put(
+        str(tmp_path / "odd"), path_in_bucket(bucket, ".hidden/1"), recursive=True
+    )
     Mirror(bucket, tmp_path / "here", []).copy()
     assert versions(tmp_path / "here") == {PAIRS: [1], TOPICS: [2]}
 
 
 class DriverError(BaseException):
-    """What a driver raises that derives from nothing of ours."""
+    """An exception of a driver that is not even an `Exception`."""
 
 
 ERRORS = (
@@ -111,37 +113,37 @@ each_error = pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(err
 
 
 class FailingFileSystem(MemoryFileSystem):  # type: ignore[misc]
-    """A store elsewhere whose driver raises, when it lists or when it opens."""
+    """A remote store whose driver raises when it lists or opens files."""
 
     protocol = "failing"
     cachable = False
-    at_list: BaseException | None = None
-    at_open: BaseException | None = None
+    list_error: BaseException | None = None
+    open_error: BaseException | None = None
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
         return str(super()._strip_protocol(path.replace("failing:", "memory:")))
 
     def glob(self, path: str, **named: object) -> object:
-        if self.at_list is not None:
-            raise self.at_list
+        if self.list_error is not None:
+            raise self.list_error
         return super().glob(path, **named)
 
     def _open(self, path: str, *given: object, **named: object) -> object:
-        if self.at_open is not None and "topics" in path:
-            raise self.at_open
+        if self.open_error is not None and "topics" in path:
+            raise self.open_error
         return super()._open(path, *given, **named)
 
 
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> type[FailingFileSystem]:
     fsspec.register_implementation("failing", FailingFileSystem, clobber=True)
-    monkeypatch.setattr(FailingFileSystem, "at_list", None)
-    monkeypatch.setattr(FailingFileSystem, "at_open", None)
+    monkeypatch.setattr(FailingFileSystem, "list_error", None)
+    monkeypatch.setattr(FailingFileSystem, "open_error", None)
     return FailingFileSystem
 
 
-async def test_whatever_a_driver_raises_is_shown_and_the_server_serves_on(
+async def test_errors_of_a_driver_are_reported_and_the_server_keeps_serving(
     bucket: str, tmp_path: Path, failing: type[FailingFileSystem]
 ) -> None:
     here, elsewhere = tmp_path / "here", bucket.replace("memory:", "failing:")
@@ -153,7 +155,7 @@ async def test_whatever_a_driver_raises_is_shown_and_the_server_serves_on(
             await running.client.get("/metrics")
             return list((await running.client.get("/health")).json()["errors"])
 
-        for fault, error in product(("at_list", "at_open"), ERRORS):
+        for fault, error in product(("list_error", "open_error"), ERRORS):
             setattr(failing, fault, error)
             with capture_logs() as lines:
                 for _ in range(3):
@@ -172,8 +174,8 @@ async def test_whatever_a_driver_raises_is_shown_and_the_server_serves_on(
 
 
 @each_error
-@pytest.mark.parametrize("fault", ["at_list", "at_open"])
-def test_at_start_a_driver_that_raises_leaves_what_is_here(
+@pytest.mark.parametrize("fault", ["list_error", "open_error"])
+def test_errors_of_a_driver_at_start_leave_the_local_store_as_it_is(
     bucket: str,
     store: Path,
     tmp_path: Path,
@@ -188,12 +190,12 @@ def test_at_start_a_driver_that_raises_leaves_what_is_here(
         copy_at_start(Mirror(elsewhere, here, [TOPICS, PAIRS]))
     problems = [line for line in lines if line["log_level"] == "error"]
     assert [line["event"] for line in problems] == ["checkpoint copy failed"]
-    wanted = {TOPICS: [1]} if fault == "at_list" else {TOPICS: [1], PAIRS: [1]}
+    wanted = {TOPICS: [1]} if fault == "list_error" else {TOPICS: [1], PAIRS: [1]}
     assert versions(here) == wanted, "the others are copied"
 
 
 @pytest.mark.parametrize("found", [None, True, [None], [5, "a"], {"a/1/manifest.json": 1}])
-def test_whatever_a_driver_lists_is_no_error(
+def test_any_listing_of_a_driver_is_handled(
     bucket: str,
     tmp_path: Path,
     failing: type[FailingFileSystem],
@@ -205,7 +207,7 @@ def test_whatever_a_driver_lists_is_no_error(
     assert all("failing://" in problem for problem in mirror.copy())
 
 
-def test_at_start_a_driver_that_hangs_is_not_waited_for(
+def test_start_does_not_wait_for_a_hanging_driver(
     bucket: str, tmp_path: Path, failing: type[FailingFileSystem], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = threading.Event()

@@ -1,4 +1,4 @@
-"""docs/openapi.json is what the routes say of themselves."""
+"""docs/openapi.json is the OpenAPI document of the routes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from tests.support.serving import Service
 FILE = Path(__file__).parents[2] / "docs" / "openapi.json"
 
 
-def test_the_document_in_docs_is_that_of_the_routes() -> None:
-    assert FILE.read_text() == document(), "`make openapi` writes it anew"
+def test_the_document_in_docs_is_up_to_date() -> None:
+    assert FILE.read_text() == document(), "`make openapi` writes it again"
 
 
-async def test_a_running_server_shows_the_same_document(fresh: Service) -> None:
-    shown = (await fresh.client.get("/openapi.json")).json()
-    assert shown == json.loads(FILE.read_text())
+async def test_a_running_server_serves_the_same_document(fresh: Service) -> None:
+    served = (await fresh.client.get("/openapi.json")).json()
+    assert served == json.loads(FILE.read_text())

@@ -1,4 +1,4 @@
-"""Probes, metrics, documentation, the page, and what is never in a log."""
+"""Health, metrics, the playground, OpenAPI, logs."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ class TestHealth:
     pytestmark = pytest.mark.asyncio(loop_scope="session")
 
     @pytest.mark.parametrize("path", ["/health/live", "/health/ready", "/health"])
-    async def test_all_is_well(self, shared: Service, path: str) -> None:
+    async def test_all_probes_are_ok(self, shared: Service, path: str) -> None:
         response = await shared.client.get(path)
         assert response.status_code == 200
         assert response.json()["status"] == "ok"
 
-    async def test_the_whole_picture(self, shared: Service) -> None:
+    async def test_health_lists_models_and_engines(self, shared: Service) -> None:
         body = (await shared.client.get("/health")).json()
         assert "topics:2" in body["models"]
         assert body["errors"] == []
@@ -60,8 +60,8 @@ class TestHealth:
 
     async def test_components_are_ok(self, shared: Service) -> None:
         def beating() -> bool:
-            told = shared.app.state.shared.hub.heartbeat
-            return told is not None and told.frontends == 1
+            reported = shared.app.state.shared.hub.heartbeat
+            return reported is not None and reported.frontends == 1
 
         await until(beating, "the hub's word of its frontends")
         components = (await shared.client.get("/health")).json()["components"]
@@ -76,18 +76,18 @@ class TestHealth:
         assert components["frontends"]["connected"] == components["frontends"]["configured"] == 1
 
 
-async def test_a_task_that_fails_degrades_the_supervisor_until_it_runs(
+async def test_a_failing_task_degrades_the_supervisor_until_it_runs(
     fresh: Service,
 ) -> None:
-    async def tasks_are(status: str, told: str) -> None:
+    async def tasks_are(status: str, reported: str) -> None:
         async def shown() -> bool:
             answer = await fresh.client.get("/health")
             assert answer.status_code == 200
             supervisor = answer.json()["components"]["supervisor"]
             told_now = supervisor["tasks"].get("hub-recent")
-            return (supervisor["status"], told_now) == (status, told)
+            return (supervisor["status"], told_now) == (status, reported)
 
-        await until(shown, f"{status}: {told}")
+        await until(shown, f"{status}: {reported}")
 
     fresh.hub.report_problem("hub-recent", "hub-recent: OSError: no room")
     await tasks_are("degraded", "hub-recent: OSError: no room")
@@ -95,7 +95,7 @@ async def test_a_task_that_fails_degrades_the_supervisor_until_it_runs(
     await tasks_are("ok", "ok")
 
 
-async def test_a_server_without_engines_and_with_a_silent_hub(
+async def test_without_engines_and_with_a_silent_hub_components_are_down(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(health, "SILENCE_LIMIT", 0.3)
@@ -119,7 +119,7 @@ async def test_a_server_without_engines_and_with_a_silent_hub(
     }  # fmt: skip
 
 
-async def test_ready_when_all_waits_for_every_engine_at_first(model_store: Path) -> None:
+async def test_ready_when_all_waits_for_every_engine_at_the_start(model_store: Path) -> None:
     given = Settings(
         model_store=model_store, models=[TOPICS, PAIRS], admin_key=ADMIN_KEY, ready_when="all"
     )
@@ -139,20 +139,22 @@ async def test_ready_when_all_waits_for_every_engine_at_first(model_store: Path)
 
 
 @pytest.mark.parametrize(("ready_when", "ready"), [("any", True), ("all", False)])
-async def test_ready_when_all_takes_every_model(store: Path, ready_when: str, ready: bool) -> None:
+async def test_ready_when_all_requires_every_model(
+    store: Path, ready_when: str, ready: bool
+) -> None:
     weights = store / PAIRS / "1" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
     options = {"default_model": TOPICS, "ready_when": ready_when}
     async with service(store, wait=False, **options) as running:
 
-        async def told() -> bool:
+        async def reported() -> bool:
             return str(weights) in str((await running.client.get("/health")).json()["errors"])
 
-        await until(told, "word of the broken model")
+        await until(reported, "word of the broken model")
 
         def equipped() -> bool:
-            told = running.app.state.shared.hub.heartbeat
-            return told is not None and told.equipped
+            reported = running.app.state.shared.hub.heartbeat
+            return reported is not None and reported.equipped
 
         await until(equipped, "word of the engines")
         assert await running.ready() is ready
@@ -161,10 +163,10 @@ async def test_ready_when_all_takes_every_model(store: Path, ready_when: str, re
             assert str(weights) in error["message"]
 
 
-class TestPage:
+class TestPages:
     pytestmark = pytest.mark.asyncio(loop_scope="session")
 
-    async def test_the_playground_and_its_files(self, shared: Service) -> None:
+    async def test_the_playground_and_its_files_are_served_securely(self, shared: Service) -> None:
         page = await shared.client.get("/")
         named = re.findall(r'"(playground/[^"]+)"', page.text)
         assert {name.rpartition(".")[2] for name in named} == {"css", "js", "svg"}
@@ -186,19 +188,19 @@ class TestPage:
             assert (again.status_code, again.content) == (304, b"")
 
     @pytest.mark.parametrize("name", ["nothing.js", "..%2Fplayground.py", "%2Fetc%2Fpasswd"])
-    async def test_the_playground_has_no_other_files(self, shared: Service, name: str) -> None:
+    async def test_the_playground_serves_no_other_files(self, shared: Service, name: str) -> None:
         error_of(await shared.client.get(f"/playground/{name}"), 404)
 
-    async def test_the_playground_hears_of_the_last_minutes(self, shared: Service) -> None:
-        told = (await shared.client.get("/playground/recent")).json()
-        assert told["model"] == "topics"
+    async def test_the_playground_gets_recent_figures_of_a_model(self, shared: Service) -> None:
+        reported = (await shared.client.get("/playground/recent")).json()
+        assert reported["model"] == "topics"
         other = await shared.client.get("/playground/recent", params={"model": "tags:1"})
         assert other.json()["model"] == "tags"
         unknown = await shared.client.get("/playground/recent", params={"model": "no"})
         error_of(unknown, 404, param="model")
 
     @pytest.mark.parametrize("path", ["/", "/docs"])
-    async def test_a_page_refers_to_no_other_origin(self, shared: Service, path: str) -> None:
+    async def test_pages_do_not_refer_to_other_origins(self, shared: Service, path: str) -> None:
         page = await shared.client.get(path)
         policy = dict(
             part.strip().split(" ", 1)
@@ -220,10 +222,10 @@ class TestPage:
                 used = re.findall(r"""url\(["']?([^"')]{0,40})|@import\s+(\S+)""", file.text)
                 assert all(one.startswith("data:") for one, imported in used if not imported)
                 assert not any(imported for _, imported in used)
-            elif "swagger" not in link:  # whose code names many, and the browser's policy keeps it
+            elif "swagger" not in link:  # its code contains URLs, which the policy blocks
                 assert not re.findall(r"https?://(?!www\.w3\.org/2000/svg)", file.text)
 
-    async def test_swagger_ui_is_the_version_that_is_named(self) -> None:
+    async def test_makefile_notice_and_bundle_name_the_same_swagger_ui(self) -> None:
         root = Path(__file__).parents[2]
         wanted = re.search(r"SWAGGER_UI \?= (\S+)", (root / "Makefile").read_text())
         assert wanted is not None
@@ -268,7 +270,7 @@ def documented() -> list[tuple[str, str]]:
 FOREIGN_FIELDS = (
     "raw_scores", "user", "request_id", "priority", "add_special_tokens", "truncate_prompt_tokens",
 )  # fmt: skip
-"""What clients of vLLM and Infinity send to /classify."""
+"""Fields that clients of vLLM and Infinity send to /classify."""
 
 
 class TestOpenApi:
@@ -286,7 +288,7 @@ class TestOpenApi:
         for method, path in documented:
             assert paths[path][method]["summary"]
 
-    async def test_the_version(self, shared: Service) -> None:
+    async def test_the_document_has_the_version_of_the_package(self, shared: Service) -> None:
         assert (await self.schema(shared))["info"]["version"] == budgetformer.__version__
 
     @pytest.mark.parametrize("name", ["ClassifyRequest", "TokenizeRequest"])
@@ -295,7 +297,7 @@ class TestOpenApi:
         assert described["examples"][0]["input"]
         assert described["additionalProperties"] is False
 
-    async def test_the_examples_work(self, shared: Service) -> None:
+    async def test_the_examples_are_answered(self, shared: Service) -> None:
         schemas = (await self.schema(shared))["components"]["schemas"]
         for name, path in (("ClassifyRequest", "/classify"), ("TokenizeRequest", "/tokenize")):
             for example in schemas[name]["examples"]:
@@ -318,7 +320,7 @@ class TestOpenApi:
         described = (await self.schema(shared))["paths"]["/classify"]["post"]["responses"]
         assert str(status) in described
 
-    async def test_every_reference_leads_somewhere(self, shared: Service) -> None:
+    async def test_every_reference_can_be_resolved(self, shared: Service) -> None:
         schema = await self.schema(shared)
         text = json.dumps(schema)
         for part in text.split('"$ref": "#/components/schemas/')[1:]:
@@ -336,7 +338,7 @@ class TestOpenApi:
 
 
 def _resolved(part: Any, schema: Any) -> Any:
-    """Replace references by what they refer to, one level deep."""
+    """Replace references by their targets, one level deep."""
     if isinstance(part, dict):
         if "$ref" in part:
             return schema["components"]["schemas"][part["$ref"].rpartition("/")[2]]
@@ -347,12 +349,12 @@ def _resolved(part: Any, schema: Any) -> Any:
 class TestMetrics:
     pytestmark = pytest.mark.asyncio(loop_scope="session")
 
-    async def test_prometheus_text(self, shared: Service) -> None:
+    async def test_metrics_are_prometheus_text(self, shared: Service) -> None:
         response = await shared.client.get("/metrics")
         assert response.headers["content-type"].startswith("text/plain")
         assert Exposition(response.text).select("requests_total")
 
-    async def test_openmetrics_for_those_who_accept_it(self, shared: Service) -> None:
+    async def test_clients_that_accept_openmetrics_get_it(self, shared: Service) -> None:
         headers = {"Accept": "application/openmetrics-text; version=1.0.0"}
         response = await shared.client.get("/metrics", headers=headers)
         assert response.headers["content-type"].startswith("application/openmetrics-text")
@@ -372,13 +374,13 @@ class TestMetrics:
             "engine_heartbeat_age_seconds",
         ],
     )  # fmt: skip
-    async def test_every_series_is_there(self, shared: Service, name: str) -> None:
+    async def test_every_metric_has_series(self, shared: Service, name: str) -> None:
         async def shown() -> bool:
             return bool((await shared.scrape()).select(name))
 
         await until(shown, name)
 
-    async def test_what_is_served(self, shared: Service) -> None:
+    async def test_metrics_describe_models_and_the_build(self, shared: Service) -> None:
         shown = await shared.scrape()
         (info,) = shown.select("model_info", model=TAGS)
         assert info.value == 1
@@ -390,7 +392,7 @@ class TestMetrics:
         assert build.labels["version"] == budgetformer.__version__
         assert build.labels["torch"]
 
-    async def test_routes_are_templates(self, shared: Service) -> None:
+    async def test_labels_of_routes_are_templates(self, shared: Service) -> None:
         for path in ("/models/topics", "/models/nothing", "/nowhere/1", "/nowhere/2", "/docs"):
             await shared.client.get(path)
         await shared.client.get("/classify")
@@ -399,7 +401,7 @@ class TestMetrics:
         assert not [route for route in routes if "nothing" in route or "nowhere" in route]
 
 
-async def test_everything_reads_0_before_the_first_request(fresh: Service) -> None:
+async def test_metrics_are_0_before_the_first_request(fresh: Service) -> None:
     shown = await fresh.scrape()
     for name in ("requests_total", "items_total", "batches_total", "stage_duration_seconds_count"):
         wanted = {"route": "/classify"} if name == "requests_total" else {}
@@ -408,7 +410,7 @@ async def test_everything_reads_0_before_the_first_request(fresh: Service) -> No
     assert shown.total("quality_level", model=TOPICS) == 2
 
 
-async def test_metrics_add_up_to_the_answers(fresh: Service) -> None:
+async def test_metrics_equal_the_sums_of_the_answers(fresh: Service) -> None:
     before = await fresh.scrape()
     requests: list[dict[str, Any]] = [
         {"input": TEXTS},
@@ -467,16 +469,16 @@ async def test_metrics_add_up_to_the_answers(fresh: Service) -> None:
     assert shown.total("in_flight_items", model=TOPICS) >= 0
 
 
-async def test_requests_are_counted_by_the_model_that_they_are_for(fresh: Service) -> None:
+async def test_requests_are_counted_by_model_and_outcome(fresh: Service) -> None:
     tensor = {"name": "text", "shape": [1], "datatype": "BYTES", "data": [TEXT]}
-    asked = {
+    bodies_by_path = {
         "/classify": {"input": TEXT},
         "/predict": {"inputs": TEXT},
         "/": {"inputs": TEXT},
         "/invocations": {"input": TEXT},
         f"/v2/models/{TOPICS}/infer": {"inputs": [tensor]},
     }
-    for path, body in asked.items():
+    for path, body in bodies_by_path.items():
         assert (await fresh.client.post(path, json=body)).status_code == 200
     error_of(await fresh.ask(TEXT, heads=10_000), 422)
     bad, good = "otter fox", sentences("music")[0]
@@ -485,7 +487,7 @@ async def test_requests_are_counted_by_the_model_that_they_are_for(fresh: Servic
     with poison(fresh.core.models[TOPICS, 2].network, tokens, "raise"):
         await fresh.ask([bad, good, bad], heads=HEADS)
         await fresh.ask(bad, heads=HEADS)
-    # None of these asks a model.
+    # None of these requests is for a served model.
     error_of(await fresh.ask(TEXT, model="nothing"), 404)
     error_of(await fresh.ask(TEXT, model=f"{TOPICS}:7"), 404)
     await fresh.client.post("/tokenize", json={"input": TEXT})
@@ -501,7 +503,7 @@ async def test_requests_are_counted_by_the_model_that_they_are_for(fresh: Servic
     assert shown.total("model_items_failed_total", model=TOPICS, version=2) == 3
 
 
-async def test_two_engines_share_the_work(model_store: Path) -> None:
+async def test_two_engines_share_the_requests(model_store: Path) -> None:
     async with service(model_store, engines=2, models=["topics"]) as pair:
         first, second = pair.cores
 
@@ -519,7 +521,7 @@ async def test_two_engines_share_the_work(model_store: Path) -> None:
         assert (await pair.scrape()).total("items_total") == 4
 
 
-async def test_no_log_line_holds_a_text(fresh: Service) -> None:
+async def test_no_log_line_contains_a_text(fresh: Service) -> None:
     secret = "xyzzy"
     bad = f"{secret} {secret} " * 3
     tokens = (await fresh.item(bad))["tokens"]
@@ -539,28 +541,28 @@ async def test_no_log_line_holds_a_text(fresh: Service) -> None:
     assert secret not in json.dumps(lines, default=str)
 
 
-def lines_of_requests(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def request_lines(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [line for line in lines if line["event"] == "request" and line["route"] == "/classify"]
 
 
 @pytest.mark.parametrize(("share", "level"), [(0.0, "debug"), (1.0, "info")])
-async def test_a_share_of_the_requests_is_logged(
+async def test_access_log_sets_the_level_of_request_lines(
     model_store: Path, share: float, level: str
 ) -> None:
     async with service(model_store, models=["topics"], access_log=share) as some:
         with capture_logs() as lines:
             await some.ask(TEXT)
             await some.ask(TEXT, model="nothing")
-    logged = lines_of_requests(lines)
+    logged = request_lines(lines)
     assert [line["outcome"] for line in logged] == ["ok", "invalid"]
     assert {line["log_level"] for line in logged} == {level}
 
 
-async def test_a_request_that_ends_in_an_error_is_always_logged(fresh: Service) -> None:
+async def test_failed_requests_are_always_logged(fresh: Service) -> None:
     with capture_logs() as lines, poison(fresh.core.models["topics", 2].network, 4, "raise"):
         answer = await fresh.ask("otter fox", heads=HEADS)
         await fresh.client.get("/health/ready")
-    (line,) = lines_of_requests(lines)
+    (line,) = request_lines(lines)
     assert answer.status_code == 500, answer.text
     assert line["log_level"] == "info"
     assert line["status"] == 500
@@ -589,7 +591,7 @@ async def test_a_request_that_ends_in_an_error_is_always_logged(fresh: Service) 
         ("x" * 8000, False),
     ],
 )
-async def test_a_scrape_with_any_header_gives_a_format_that_is_asked_for(
+async def test_the_accept_header_selects_the_format_of_metrics(
     shared: Service, accept: str, openmetrics: bool
 ) -> None:
     response = await shared.client.get("/metrics", headers={"Accept": accept})
@@ -599,7 +601,7 @@ async def test_a_scrape_with_any_header_gives_a_format_that_is_asked_for(
     assert response.text.endswith("# EOF\n") == openmetrics
 
 
-async def test_a_scrape_that_fails_is_one_answer_and_the_next_one_succeeds(
+async def test_a_failed_scrape_does_not_affect_later_requests(
     model_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with service(model_store, models=["topics"]) as running:
@@ -617,7 +619,7 @@ async def test_a_scrape_that_fails_is_one_answer_and_the_next_one_succeeds(
 
 
 @pytest.mark.parametrize(("slow", "limit"), [(False, "SILENCE_LIMIT"), (True, "QUERY_SECONDS")])
-async def test_a_scrape_does_not_wait_for_a_hub_that_is_stopped_or_slow(
+async def test_a_scrape_does_not_wait_for_a_stopped_or_slow_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: bool, limit: str
 ) -> None:
     monkeypatch.setattr(hub_client, limit, 0.5)
@@ -637,7 +639,7 @@ async def test_a_scrape_does_not_wait_for_a_hub_that_is_stopped_or_slow(
                 assert (await client.get("/metrics")).text == "series"
 
 
-async def test_nothing_that_callers_send_makes_a_series(fresh: Service) -> None:
+async def test_values_sent_by_callers_create_no_series(fresh: Service) -> None:
     await fresh.ask(TEXT)
 
     async def series() -> set[tuple[str, frozenset[tuple[str, str]]]]:

@@ -1,4 +1,4 @@
-"""What a loaded, broken, draining or missing engine means to a client."""
+"""Answers to clients when engines are full, slow, failing, draining or missing."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from tests.support.waiting import until
 TEXT = sentences("music")[0]
 OTHERS = sentences("weather")[:3]
 COMPUTED = {"heads": 1}
-"""Of a request whose texts need an engine."""
+"""The options of a request that only an engine can answer."""
 
 
 async def begin(fresh: Service, given: Any, **fields: Any) -> asyncio.Task[Any]:
-    """Send a request, and return when an engine has it."""
+    """Send a request, and return as soon as an engine has it."""
     before = fresh.in_flight()
     count = len(given) if isinstance(given, list) else 1
     task = asyncio.create_task(fresh.ask(given, **fields))
@@ -35,8 +35,8 @@ async def begin(fresh: Service, given: Any, **fields: Any) -> asyncio.Task[Any]:
     return task
 
 
-def slow(fresh: Service, factor: float = 1e9) -> None:
-    """Let an engine believe that its device is so much slower than it is."""
+def raise_expected_costs(fresh: Service, factor: float = 1e9) -> None:
+    """Multiply the expected costs of the engine by a factor."""
     for model in fresh.core.models.values():
         steps = tuple(StepCost(*(factor * x for x in astuple(step))) for step in model.costs.steps)
         fresh.core.prices.set_table(model.key, replace(model.costs, steps=steps))
@@ -47,7 +47,7 @@ class TestFullQueue:
     def small(self) -> EngineOptions:
         return EngineOptions(max_queue_items=3)
 
-    async def test_what_does_not_fit_is_refused_with_a_time_to_come_back(
+    async def test_requests_that_do_not_fit_are_refused_with_retry_after(
         self, model_store: Path, small: EngineOptions
     ) -> None:
         async with service(model_store, options=small, models=["topics"]) as fresh:
@@ -58,20 +58,20 @@ class TestFullQueue:
                 fitting = await begin(fresh, TEXT, **COMPUTED)
             assert (await first).status_code == 200
             assert (await fitting).status_code == 200
-            shown = await fresh.scrape()
-            assert shown.total("rejected_total", reason="queue_full") == 1
-            assert shown.by("outcome", "requests_total", route="/classify") == {
+            metrics = await fresh.scrape()
+            assert metrics.total("rejected_total", reason="queue_full") == 1
+            assert metrics.by("outcome", "requests_total", route="/classify") == {
                 "ok": 2,
                 "rejected": 1,
             }
 
-    async def test_a_request_larger_than_the_queue_is_taken_by_an_idle_engine(
+    async def test_an_idle_engine_accepts_a_request_larger_than_the_queue(
         self, model_store: Path, small: EngineOptions
     ) -> None:
         async with service(model_store, options=small, models=["topics"]) as fresh:
             assert len((await fresh.answer([TEXT] * 10))["data"]) == 10
 
-    async def test_what_no_engine_has_room_for_is_refused_before_it_is_tokenized(
+    async def test_frontends_refuse_requests_that_no_engine_has_room_for(
         self, model_store: Path, small: EngineOptions
     ) -> None:
         async with service(
@@ -83,7 +83,7 @@ class TestFullQueue:
                 assert (await fresh.ask(TEXT, **COMPUTED)).status_code == 200
             assert (await fresh.ask([TEXT] * 10)).status_code == 200
 
-    async def test_a_model_that_is_full_leaves_room_for_the_others(self, model_store: Path) -> None:
+    async def test_the_queue_of_one_model_leaves_room_for_others(self, model_store: Path) -> None:
         options = EngineOptions(model_queue_items={"topics": 2})
         async with service(model_store, options=options, models=["topics", "tags"]) as fresh:
             with held(fresh.core):
@@ -93,7 +93,7 @@ class TestFullQueue:
             assert (await first).status_code == (await other).status_code == 200
             assert (await fresh.ask(TEXT, **COMPUTED)).status_code == 200
 
-    async def test_once_it_has_drained_there_is_room_again(
+    async def test_requests_are_accepted_again_after_the_queue_was_full(
         self, model_store: Path, small: EngineOptions
     ) -> None:
         async with service(model_store, options=small, models=["topics"]) as fresh:
@@ -105,32 +105,34 @@ class TestFullQueue:
 
 
 class TestDeadlines:
-    async def test_an_answer_that_comes_too_late_is_a_504(self, fresh: Service) -> None:
+    async def test_a_passed_deadline_is_a_504(self, fresh: Service) -> None:
         with held(fresh.core):
             error = error_of(await fresh.ask(TEXT, timeout_ms=1, **COMPUTED), 504)
         assert error["param"] == "timeout_ms"
-        shown = await fresh.scrape()
-        assert shown.total("deadline_exceeded_total") == 1
-        assert shown.by("outcome", "requests_total", route="/classify") == {"timeout": 1}
+        metrics = await fresh.scrape()
+        assert metrics.total("deadline_exceeded_total") == 1
+        assert metrics.by("outcome", "requests_total", route="/classify") == {"timeout": 1}
 
-    async def test_what_is_not_computed_yet_is_dropped(self, fresh: Service) -> None:
+    async def test_waiting_items_are_dropped_at_their_deadline(self, fresh: Service) -> None:
         with held(fresh.core):
             running = await begin(fresh, TEXT, **COMPUTED)
             late = await begin(fresh, OTHERS, timeout_ms=1, **COMPUTED)
             error_of(await late, 504)
             await until(lambda: fresh.in_flight() == 1, "the drop")
         assert (await running).status_code == 200
-        shown = await fresh.scrape()
-        assert shown.total("items_total") == shown.total("batch_items_sum") == 1
+        metrics = await fresh.scrape()
+        assert metrics.total("items_total") == metrics.total("batch_items_sum") == 1
 
-    async def test_a_deadline_that_cannot_be_met_is_refused_at_once(self, fresh: Service) -> None:
-        slow(fresh)
+    async def test_a_deadline_that_cannot_be_met_is_refused_immediately(
+        self, fresh: Service
+    ) -> None:
+        raise_expected_costs(fresh)
         error_of(await fresh.ask(TEXT, **COMPUTED), 429, "deadline")
-        shown = await fresh.scrape()
-        assert shown.total("rejected_total", reason="deadline") == 1
-        assert shown.by("outcome", "requests_total", route="/classify") == {"rejected": 1}
+        metrics = await fresh.scrape()
+        assert metrics.total("rejected_total", reason="deadline") == 1
+        assert metrics.by("outcome", "requests_total", route="/classify") == {"rejected": 1}
 
-    async def test_the_servers_own_deadline(self, model_store: Path) -> None:
+    async def test_timeout_ms_is_the_default_deadline(self, model_store: Path) -> None:
         async with service(model_store, models=["topics"], timeout_ms=1) as fresh:
             with held(fresh.core):
                 error_of(await fresh.ask(TEXT, **COMPUTED), 504)
@@ -138,13 +140,13 @@ class TestDeadlines:
 
 class TestBrownOut:
     @pytest.fixture
-    def touchy(self) -> EngineOptions:
+    def low_threshold(self) -> EngineOptions:
         return EngineOptions(brownout_seconds=1e-9)
 
-    async def test_overload_lowers_what_was_left_to_the_server_and_says_so(
-        self, model_store: Path, touchy: EngineOptions
+    async def test_overload_lowers_the_default_quality_and_answers_state_it(
+        self, model_store: Path, low_threshold: EngineOptions
     ) -> None:
-        async with service(model_store, options=touchy, models=["topics"]) as fresh:
+        async with service(model_store, options=low_threshold, models=["topics"]) as fresh:
             with held(fresh.core):
                 first = await begin(fresh, TEXT, **COMPUTED)
                 second = await begin(fresh, TEXT, **COMPUTED)
@@ -157,26 +159,28 @@ class TestBrownOut:
             assert lowered.headers["x-quality"] == "fast"
             assert lowered.json()["data"][0]["quality"] == "fast"
 
-    async def test_the_metric_follows(self, model_store: Path, touchy: EngineOptions) -> None:
-        async with service(model_store, options=touchy, models=["topics"]) as fresh:
+    async def test_the_metric_shows_the_lower_level(
+        self, model_store: Path, low_threshold: EngineOptions
+    ) -> None:
+        async with service(model_store, options=low_threshold, models=["topics"]) as fresh:
             with held(fresh.core):
                 tasks = [await begin(fresh, TEXT, **COMPUTED) for _ in range(2)]
                 fresh.hub.watch(0, fresh.core.heartbeat(0))
                 assert (await fresh.scrape()).total("quality_level", model="topics") == 1
             await asyncio.gather(*tasks)
 
-    async def test_a_quality_that_was_named_is_kept(
-        self, model_store: Path, touchy: EngineOptions
+    async def test_a_requested_quality_is_kept(
+        self, model_store: Path, low_threshold: EngineOptions
     ) -> None:
-        async with service(model_store, options=touchy, models=["topics"]) as fresh:
+        async with service(model_store, options=low_threshold, models=["topics"]) as fresh:
             with held(fresh.core):
                 tasks = [await begin(fresh, TEXT, quality="best") for _ in range(3)]
             for task in tasks:
                 assert (await task).json()["data"][0]["quality"] == "best"
 
-    async def test_the_floor_holds(self, model_store: Path) -> None:
-        floored = EngineOptions(brownout_seconds=1e-9, quality_floor="balanced")
-        async with service(model_store, options=floored, models=["topics"]) as fresh:
+    async def test_the_quality_is_not_lowered_below_the_floor(self, model_store: Path) -> None:
+        with_floor = EngineOptions(brownout_seconds=1e-9, quality_floor="balanced")
+        async with service(model_store, options=with_floor, models=["topics"]) as fresh:
             with held(fresh.core):
                 tasks = [await begin(fresh, TEXT, **COMPUTED) for _ in range(3)]
             for task in tasks:
@@ -184,21 +188,21 @@ class TestBrownOut:
 
 
 class TestLatencyTarget:
-    async def test_with_time_enough_the_answer_is_the_best(self, fresh: Service) -> None:
+    async def test_with_enough_time_the_quality_is_best(self, fresh: Service) -> None:
         response = await fresh.ask(TEXT, target_ms=60_000)
         assert response.json()["data"][0]["quality"] == "best"
 
-    async def test_without_time_it_is_fast(self, fresh: Service) -> None:
-        slow(fresh, 1000.0)
+    async def test_with_too_little_time_the_quality_is_fast(self, fresh: Service) -> None:
+        raise_expected_costs(fresh, 1000.0)
         response = await fresh.ask(TEXT, target_ms=1, timeout_ms=3_600_000)
         assert response.headers["x-quality"] == "fast"
 
-    async def test_it_goes_with_no_quality_of_ones_own(self, fresh: Service) -> None:
+    async def test_target_ms_cannot_be_combined_with_a_quality(self, fresh: Service) -> None:
         response = await fresh.ask(TEXT, target_ms=10, quality="best")
         error_of(response, 422, "invalid_field", "target_ms")
 
 
-async def test_a_large_request_does_not_hold_up_a_single_text(fresh: Service) -> None:
+async def test_a_single_text_is_answered_beside_a_large_request(fresh: Service) -> None:
     with held(fresh.core):
         large = await begin(fresh, [TEXT] * 600)
         single = await begin(fresh, TEXT)
@@ -207,7 +211,9 @@ async def test_a_large_request_does_not_hold_up_a_single_text(fresh: Service) ->
 
 
 class TestWithoutAnEngine:
-    async def test_nobody_is_there(self, model_store: Path) -> None:
+    async def test_without_engines_only_step_0_and_metadata_are_available(
+        self, model_store: Path
+    ) -> None:
         async with service(model_store, engines=0, models=["topics"]) as alone:
             error_of(await alone.ask(TEXT, **COMPUTED), 503, "engine_down")
             assert (await alone.item(TEXT, heads=0))["heads"]["budget"] == 0
@@ -216,28 +222,28 @@ class TestWithoutAnEngine:
             assert (await alone.client.get("/health")).status_code == 503
             assert (await alone.client.get("/metrics")).status_code == 200
             assert (await alone.client.get("/v1/models")).status_code == 200
-            shown = await alone.scrape()
-            assert shown.total("requests_total", route="/classify", outcome="error") == 1
+            metrics = await alone.scrape()
+            assert metrics.total("requests_total", route="/classify", outcome="error") == 1
 
-    async def test_a_wrong_request_is_still_a_wrong_request(self, model_store: Path) -> None:
+    async def test_invalid_requests_are_reported_as_invalid(self, model_store: Path) -> None:
         async with service(model_store, engines=0, models=["topics"]) as alone:
             error_of(await alone.ask([]), 422)
             error_of(await alone.ask(TEXT, model="nothing"), 404)
 
-    async def test_loading(self, model_store: Path) -> None:
+    async def test_a_model_that_no_engine_has_is_loading(self, model_store: Path) -> None:
         async with service(model_store, models=["topics"]) as fresh:
             await fresh.hub.fleet.unload(("topics", 2))
             await until(lambda: not fresh.app.state.shared.engines.models, "the engine's word")
             error_of(await fresh.ask(TEXT, **COMPUTED), 503, "loading", "model")
             error_of(await fresh.client.get("/health/ready"), 503, "not_ready")
 
-    async def test_an_empty_store(self, tmp_path: Path) -> None:
+    async def test_an_empty_store_has_no_model(self, tmp_path: Path) -> None:
         async with service(tmp_path, wait=False, default_model=None) as empty:
             error_of(await empty.ask(TEXT), 503, "no_model")
             error_of(await empty.client.get("/health/ready"), 503, "not_ready")
 
 
-async def test_draining_refuses_what_is_new_and_finishes_what_was_begun(fresh: Service) -> None:
+async def test_draining_refuses_new_requests_and_finishes_running_ones(fresh: Service) -> None:
     with held(fresh.core):
         begun = await begin(fresh, TEXT, **COMPUTED)
         fresh.app.state.shared.admission.draining = True
@@ -248,15 +254,15 @@ async def test_draining_refuses_what_is_new_and_finishes_what_was_begun(fresh: S
     assert (await fresh.scrape()).total("rejected_total", reason="draining") == 1
 
 
-class TestPoison:
-    """An item whose computation fails, recognised by its number of tokens."""
+class TestFailingItems:
+    """Items whose computation fails, selected by their number of tokens."""
 
     @pytest.fixture
     def others(self) -> list[str]:
         return OTHERS
 
     @pytest.mark.parametrize("how", ["raise", "nan"])
-    async def test_it_fails_alone_in_its_place(
+    async def test_only_the_failing_item_has_an_error(
         self, fresh: Service, others: list[str], how: str
     ) -> None:
         bad = "cellist " * 20
@@ -276,12 +282,12 @@ class TestPoison:
             assert item["probs"] == pytest.approx(probs, rel=1e-4)
         assert answer["usage"]["heads_used"] == 3 * HEADS * 2
         assert answer["usage"]["heads_total"] == 3 * HEADS * 2
-        shown = await fresh.scrape()
-        assert shown.total("requests_total", route="/classify", outcome="partial") == 1
-        assert shown.total("items_total", budget=HEADS) == len(expected) + len(others)
+        metrics = await fresh.scrape()
+        assert metrics.total("requests_total", route="/classify", outcome="partial") == 1
+        assert metrics.total("items_total", budget=HEADS) == len(expected) + len(others)
 
     @pytest.mark.parametrize("how", ["raise", "nan"])
-    async def test_other_requests_of_the_batch_are_not_harmed(
+    async def test_other_requests_of_the_batch_are_answered(
         self, fresh: Service, others: list[str], how: str
     ) -> None:
         bad = "cellist " * 20
@@ -293,7 +299,7 @@ class TestPoison:
         assert good.status_code == 200
         error_of(failed, 500, "item_failed")
 
-    async def test_alone_it_is_a_500_that_says_nothing_of_the_inside(self, fresh: Service) -> None:
+    async def test_a_single_failing_text_is_a_500_without_details(self, fresh: Service) -> None:
         tokens = (await fresh.item(TEXT))["tokens"]
         with poison(fresh.core.models["topics", 2].network, tokens, "raise"):
             error = error_of(await fresh.ask(TEXT, heads=1), 500, "item_failed")
@@ -302,16 +308,16 @@ class TestPoison:
 
 
 class Browser:
-    """A client at the level of ASGI, which can go away."""
+    """A client at the level of ASGI that can disconnect."""
 
     def __init__(self, fresh: Service, body: bytes, whole: bool = True) -> None:
         self.sent: list[dict[str, Any]] = []
         self._fresh = fresh
-        self._gone = asyncio.Event()
+        self._disconnected = asyncio.Event()
         self._parts = [{"type": "http.request", "body": body, "more_body": not whole}]
 
-    def leave(self) -> None:
-        self._gone.set()
+    def disconnect(self) -> None:
+        self._disconnected.set()
 
     async def run(self) -> None:
         scope = {
@@ -333,7 +339,7 @@ class Browser:
     async def _receive(self) -> dict[str, Any]:
         if self._parts:
             return self._parts.pop()
-        await self._gone.wait()
+        await self._disconnected.wait()
         return {"type": "http.disconnect"}
 
     async def _send(self, message: Any) -> None:
@@ -341,44 +347,44 @@ class Browser:
 
 
 class TestDisconnect:
-    async def test_what_nobody_waits_for_is_dropped_from_the_queue(self, fresh: Service) -> None:
+    async def test_waiting_items_of_a_disconnected_client_are_dropped(self, fresh: Service) -> None:
         with held(fresh.core):
             running = await begin(fresh, TEXT, **COMPUTED)
             browser = Browser(fresh, json.dumps({"input": OTHERS, **COMPUTED}).encode())
             visit = asyncio.create_task(browser.run())
             await until(lambda: fresh.in_flight() == 1 + len(OTHERS), "arrival at the engine")
-            browser.leave()
+            browser.disconnect()
             await visit
             await until(lambda: fresh.in_flight() == 1, "the drop")
         assert (await running).status_code == 200
         assert browser.sent == []
-        shown = await fresh.scrape()
-        assert shown.total("cancelled_total") == 1
-        assert shown.by("outcome", "requests_total", route="/classify") == {
+        metrics = await fresh.scrape()
+        assert metrics.total("cancelled_total") == 1
+        assert metrics.by("outcome", "requests_total", route="/classify") == {
             "ok": 1,
             "cancelled": 1,
         }
-        assert shown.total("items_total") == 1
+        assert metrics.total("items_total") == 1
 
-    async def test_one_who_leaves_while_it_is_computed_harms_nobody(self, fresh: Service) -> None:
+    async def test_a_client_may_disconnect_during_the_computation(self, fresh: Service) -> None:
         browser = Browser(fresh, json.dumps({"input": OTHERS, **COMPUTED}).encode())
         with held(fresh.core):
             visit = asyncio.create_task(browser.run())
             await until(lambda: fresh.in_flight() == len(OTHERS), "arrival at the engine")
-            browser.leave()
+            browser.disconnect()
             await visit
         assert (await fresh.item(TEXT))["label"] in LABELS
         assert (await fresh.scrape()).total("cancelled_total") == 1
 
-    async def test_one_who_leaves_while_sending_is_cancelled_too(self, fresh: Service) -> None:
+    async def test_a_client_may_disconnect_while_sending(self, fresh: Service) -> None:
         browser = Browser(fresh, b'{"input": ', whole=False)
-        browser.leave()
+        browser.disconnect()
         await browser.run()
-        shown = await fresh.scrape()
-        assert shown.by("outcome", "requests_total", route="/classify") == {"cancelled": 1}
+        metrics = await fresh.scrape()
+        assert metrics.by("outcome", "requests_total", route="/classify") == {"cancelled": 1}
 
 
-async def test_an_unexpected_failure_is_a_plain_500_with_an_id(
+async def test_an_unexpected_error_is_a_500_without_details(
     fresh: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> None:
@@ -388,11 +394,11 @@ async def test_an_unexpected_failure_is_a_plain_500_with_an_id(
     error = error_of(await fresh.ask(TEXT), 500, "internal_error")
     assert "inside" not in error["message"]
     monkeypatch.undo()
-    shown = await fresh.scrape()
-    assert shown.by("outcome", "requests_total", route="/classify") == {"error": 1}
+    metrics = await fresh.scrape()
+    assert metrics.by("outcome", "requests_total", route="/classify") == {"error": 1}
 
 
-async def test_bodies_that_arrive_together_hold_only_so_much(model_store: Path) -> None:
+async def test_the_total_size_of_arriving_bodies_is_limited(model_store: Path) -> None:
     go_on = asyncio.Event()
 
     async def body() -> AsyncIterator[bytes]:

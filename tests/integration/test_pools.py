@@ -1,4 +1,4 @@
-"""Engines that compute small steps only give the rest back, and others end it."""
+"""Pools: engines with a highest step return larger ones, which other engines compute."""
 
 from __future__ import annotations
 
@@ -38,24 +38,24 @@ MODELS = {TOPICS: 2, CHAINED: 1}
 
 @dataclass
 class Pools:
-    """Engines by the highest step that they compute (None: any), and how often each was asked."""
+    """Engines by their highest step (None: any), and the order in which they got requests."""
 
     model: str
     cores: dict[int | None, EngineCore]
     asked: list[int | None]
 
     async def ask(self, place: int, submission: Submission) -> Answers:
-        most, core = list(self.cores.items())[place]
-        self.asked.append(most)
-        return answers_of(await asked(core, request_of(submission)))
+        highest, core = list(self.cores.items())[place]
+        self.asked.append(highest)
+        return answers_of(await send(core, request_of(submission)))
 
     async def answer(self, submission: Submission) -> Answers:
-        computes = [partial(_computes, most) for most in self.cores]
+        computes = [partial(_computes, highest) for highest in self.cores]
         return await through_pools(self.ask, computes, submission)
 
 
-def _computes(most: int | None, step: int) -> bool:
-    return most is None or step <= most
+def _computes(highest: int | None, step: int) -> bool:
+    return highest is None or step <= highest
 
 
 @asynccontextmanager
@@ -65,11 +65,11 @@ async def running(store: Path, model: str, *steps: int | None) -> AsyncIterator[
         for core in cores.values():
             work = asyncio.create_task(core.run())
             stack.callback(work.cancel)
-            await asked(core, Load(0, str(store / model / str(MODELS[model]))))
+            await send(core, Load(0, str(store / model / str(MODELS[model]))))
         yield Pools(model, cores, [])
 
 
-async def asked(core: EngineCore, message: Classify | Load) -> ToFrontend:
+async def send(core: EngineCore, message: Classify | Load) -> ToFrontend:
     future: asyncio.Future[ToFrontend] = asyncio.get_running_loop().create_future()
     core.receive(message, lambda told: future.done() or future.set_result(told))
     async with asyncio.timeout(60):
@@ -85,29 +85,29 @@ def submission(store: Path, model: str, quality: str = "best") -> Submission:
 
 @pytest.mark.parametrize("pools", [(0, None), (1, None)], ids=str)
 @pytest.mark.parametrize("model", MODELS)
-async def test_several_engines_answer_together_what_one_answers_alone(
+async def test_several_pools_answer_like_one_engine(
     model_store: Path, model: str, pools: tuple[int | None, ...]
 ) -> None:
     wanted = submission(model_store, model)
     async with running(model_store, model, None) as alone:
-        right = await alone.ask(0, wanted)
+        expected_answers = await alone.ask(0, wanted)
         (core,) = alone.cores.values()
         decision = decision_macs(core.models[model, MODELS[model]].network.sizes)
     async with running(model_store, model, *pools) as several:
         answer = await several.answer(wanted)
-    compare(answer, right, decision)
+    compare(answer, expected_answers, decision)
     assert several.asked == [pools[0], None]
     if model == CHAINED:
         assert set(map(tuple, answer.all_steps())) == {(0, 1), (0, 2), (0, 1, 2)}
 
 
 @pytest.mark.parametrize("pools", [(0, None), (1, None), (0, 1, None)], ids=str)
-async def test_texts_that_are_decided_go_straight_to_the_pool_of_their_step(
+async def test_decided_texts_are_sent_to_the_pool_of_their_step(
     model_store: Path, pools: tuple[int | None, ...]
 ) -> None:
     wanted = submission(model_store, CHAINED)
     async with running(model_store, CHAINED, None) as alone:
-        right = await alone.ask(0, wanted)
+        expected_answers = await alone.ask(0, wanted)
     served = open_model(model_store / CHAINED / "1")
     assert served.decider is not None
     rule = served.checkpoint.rule("best")
@@ -117,10 +117,10 @@ async def test_texts_that_are_decided_go_straight_to_the_pool_of_their_step(
     direct = replace(wanted, decided=decided)
     async with running(model_store, CHAINED, *pools) as several:
         answer = texts.answer(True, await several.answer(direct))
-    compare(answer, right)
+    compare(answer, expected_answers)
     first = sorted(several.asked[:2], key=str)
     assert first == ([1, None] if 1 in pools else [None])
-    # Those that go on from step 1 to step 2 are the only ones that are sent twice.
+    # Only the texts that continue from step 1 to step 2 are sent twice.
     assert several.asked[2:] == ([None] if 1 in pools else [])
 
 
@@ -141,34 +141,34 @@ async def test_decisions_that_do_not_fit_the_items_are_refused(model_store: Path
             msgspec.structs.replace(good, exit_logits=bytes(4 * count)),
             msgspec.structs.replace(good, exit_logits=b""),
         ):
-            answer = await asked(core, msgspec.structs.replace(sent, decisions=bad))
+            answer = await send(core, msgspec.structs.replace(sent, decisions=bad))
             assert isinstance(answer, Failed)
-        assert isinstance(await asked(core, msgspec.structs.replace(sent, decisions=good)), Answer)
+        assert isinstance(await send(core, msgspec.structs.replace(sent, decisions=good)), Answer)
 
 
-async def test_a_text_goes_from_pool_to_pool_along_the_chain(model_store: Path) -> None:
+async def test_texts_pass_from_pool_to_pool_along_the_chain(model_store: Path) -> None:
     wanted = submission(model_store, CHAINED)
     async with running(model_store, CHAINED, None) as alone:
         predicted = (await alone.ask(0, wanted)).predicted
         wanted = wanted.part(np.flatnonzero(predicted == 1).tolist())
-        right = await alone.ask(0, wanted)
+        expected_answers = await alone.ask(0, wanted)
         (core,) = alone.cores.values()
         decision = decision_macs(core.models[CHAINED, 1].network.sizes)
     async with running(model_store, CHAINED, 0, 1, None) as several:
         answer = await several.answer(wanted)
     assert several.asked == [0, 1, None]
     assert set(map(tuple, answer.all_steps())) == {(0, 1), (0, 1, 2)}
-    compare(answer, right, decision)
+    compare(answer, expected_answers, decision)
 
 
-def compare(answer: Answers, right: Answers, decision: int | None = None) -> None:
-    """Compare what several engines answered with what one did.
+def compare(answer: Answers, expected_answers: Answers, decision: int | None = None) -> None:
+    """Compare the answers of several engines with those of one.
 
-    Every engine that takes an item over decides it once more, for step 0's logits, and spends
-    `decision` multiply-adds on that; None: it was decided before.
+    Every further engine decides an item again for the logits of step 0, at a cost of `decision`
+    multiply-adds; None: the items were decided before.
     """
     handed_on = set[int]()
-    for item, expected in zip(rows(answer), rows(right), strict=True):
+    for item, expected in zip(rows(answer), rows(expected_answers), strict=True):
         assert not item["next_step"]
         assert not item["error"]
         assert item["logits"] == pytest.approx(expected["logits"], rel=1e-4, abs=1e-5)
@@ -184,13 +184,15 @@ def compare(answer: Answers, right: Answers, decision: int | None = None) -> Non
 
 
 @pytest.mark.parametrize("model", MODELS)
-async def test_what_was_given_back_was_paid_for(model_store: Path, model: str) -> None:
+async def test_returned_items_state_the_cost_of_their_decision(
+    model_store: Path, model: str
+) -> None:
     async with running(model_store, model, 0) as small:
-        begun = await small.ask(0, submission(model_store, model))
-    assert not begun.errors
-    assert begun.predicted.tolist() == begun.next_step.tolist()
-    assert (begun.macs > 0).all()
-    assert (begun.dense_macs > begun.macs).all()
+        returned = await small.ask(0, submission(model_store, model))
+    assert not returned.errors
+    assert returned.predicted.tolist() == returned.next_step.tolist()
+    assert (returned.macs > 0).all()
+    assert (returned.dense_macs > returned.macs).all()
 
 
 async def test_steps_that_do_not_fit_the_items_are_refused(model_store: Path) -> None:
@@ -199,6 +201,6 @@ async def test_steps_that_do_not_fit_the_items_are_refused(model_store: Path) ->
         message = msgspec.structs.replace(
             request_of(submission(model_store, TOPICS)), steps=bytes(4)
         )
-        answer = await asked(core, message)
+        answer = await send(core, message)
         assert isinstance(answer, Failed)
         assert "as many steps as texts" in answer.message

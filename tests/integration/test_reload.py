@@ -1,4 +1,4 @@
-"""Settings that change while a service runs: all frontends and engines go by one decision."""
+"""Reloading settings while a service runs: they change in all frontends and engines."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ FRONTENDS = 2
 
 @dataclass
 class Changeable:
-    """A service, and the settings that it reads when it is told to."""
+    """A service, and the settings that its next reload reads."""
 
     service: Service
     read: Callable[[], Settings]
 
-    def next(self, **changes: Any) -> None:
-        """Have these be the settings from now on."""
+    def set_next(self, **changes: Any) -> None:
+        """Set what the next reload reads."""
         settings = self.service.hub.settings.model_copy(update=changes)
         self.read = lambda: settings
 
@@ -50,7 +50,7 @@ class Changeable:
         return [self.service.client, *self.service.other_clients]
 
     async def qualities(self) -> list[str]:
-        """Return the level of a request that names none, at each frontend."""
+        """Return the quality of a request without one, at each frontend."""
         answers = [await one.post("/classify", json={"input": TEXT}) for one in self.clients]
         return [answer.headers["x-quality"] for answer in answers]
 
@@ -63,10 +63,10 @@ async def running(model_store: Path) -> AsyncIterator[Changeable]:
         yield changeable
 
 
-async def test_what_differs_is_in_force_everywhere_when_the_answer_comes(
+async def test_changes_are_in_force_everywhere_when_reload_returns(
     running: Changeable,
 ) -> None:
-    running.next(quality="best", quality_floor="balanced")
+    running.set_next(quality="best", quality_floor="balanced")
     assert await running.reload() == {
         "changed": ["quality", "quality_floor"], "needs_restart": [], "waiting_for": [],
     }  # fmt: skip
@@ -77,14 +77,14 @@ async def test_what_differs_is_in_force_everywhere_when_the_answer_comes(
     assert (await running.reload())["changed"] == []
 
 
-async def test_a_model_may_have_settings_of_its_own(running: Changeable) -> None:
+async def test_models_can_have_their_own_settings(running: Changeable) -> None:
     own = {
         TOPICS: ModelSettings(
             quality="fast", quality_floor="balanced", queue_items=3, timeout_ms=200
         ),
         "absent": ModelSettings(quality="best"),
     }
-    running.next(model_settings=own)
+    running.set_next(model_settings=own)
     with capture_logs() as lines:
         assert (await running.reload())["changed"] == ["model_settings"]
     (line,) = [one for one in lines if one["event"] == "settings for models that are not served"]
@@ -107,24 +107,28 @@ async def test_a_model_may_have_settings_of_its_own(running: Changeable) -> None
     assert refused.status_code == 200, "an idle engine takes a request that is larger"
 
 
-async def test_what_may_not_change_is_named_each_time_and_stays(running: Changeable) -> None:
-    running.next(quality="fast", max_batch_items=1)
+async def test_settings_that_need_a_restart_are_reported_and_unchanged(running: Changeable) -> None:
+    running.set_next(quality="fast", max_batch_items=1)
     for changed in (["quality"], []):
-        told = await running.reload()
-        assert told == {"changed": changed, "needs_restart": ["max_batch_items"], "waiting_for": []}
+        reply = await running.reload()
+        assert reply == {
+            "changed": changed,
+            "needs_restart": ["max_batch_items"],
+            "waiting_for": [],
+        }
     assert await running.qualities() == ["fast"] * FRONTENDS
     assert (await running.service.ask([TEXT] * 2)).status_code == 200
 
 
-async def test_keys_that_cannot_be_used_change_nothing(running: Changeable) -> None:
+async def test_invalid_keys_change_nothing(running: Changeable) -> None:
     same = Key(sha256=digest(b"x"))
-    running.next(keys={"a": same, "b": same}, quality="fast")
+    running.set_next(keys={"a": same, "b": same}, quality="fast")
     response = await running.service.client.post("/settings/reload", headers=ADMIN)
     error_of(response, 422, "invalid_settings")
     assert await running.qualities() == ["balanced"] * FRONTENDS
 
 
-async def test_a_file_that_is_wrong_is_reported_in_one_line(running: Changeable) -> None:
+async def test_an_invalid_file_is_reported_in_one_line(running: Changeable) -> None:
     def read() -> Settings:
         raise SettingsError("config.toml: quallity is unknown")
 
@@ -134,9 +138,9 @@ async def test_a_file_that_is_wrong_is_reported_in_one_line(running: Changeable)
     assert error["message"] == "config.toml: quallity is unknown"
 
 
-async def test_new_keys_open_every_frontend_and_old_ones_none(running: Changeable) -> None:
+async def test_new_keys_apply_to_every_frontend(running: Changeable) -> None:
     new = {"web": Key(sha256=digest(b"new"))}
-    running.next(keys=new)
+    running.set_next(keys=new)
     assert (await running.reload())["changed"] == ["keys"]
     for client in running.clients:
         refused = await client.post("/classify", json={"input": TEXT})
@@ -145,7 +149,7 @@ async def test_new_keys_open_every_frontend_and_old_ones_none(running: Changeabl
         assert answer.status_code == 200
 
 
-async def test_who_does_not_follow_is_named_and_follows_when_it_can(
+async def test_unreachable_processes_are_reported_and_change_later(
     running: Changeable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hub_module, "SETTINGS_PATIENCE", 0.5)
@@ -153,16 +157,16 @@ async def test_who_does_not_follow_is_named_and_follows_when_it_can(
     stalled.pid = 12345
     running.service.hub.frontends.add(stalled)
     running.service.hub.fleet.clients[1].close()
-    running.next(quality="fast", quality_floor="balanced")
-    told = await running.reload()
-    assert told["changed"] == ["quality", "quality_floor"]
-    assert told["waiting_for"] == ["engine-1", "process 12345"]
+    running.set_next(quality="fast", quality_floor="balanced")
+    reply = await running.reload()
+    assert reply["changed"] == ["quality", "quality_floor"]
+    assert reply["waiting_for"] == ["engine-1", "process 12345"]
     assert await running.qualities() == ["fast"] * FRONTENDS
     late = running.service.cores[1].brownout
     await until(lambda: late.levels == ["balanced"], "the engine that was away")
 
 
-async def test_a_server_that_cannot_reload_says_so(model_store: Path) -> None:
+async def test_reload_may_be_unsupported(model_store: Path) -> None:
     async with service(model_store, models=[TOPICS]) as it:
         response = await it.client.post("/settings/reload", headers=ADMIN)
         error_of(response, 501, "not_supported")

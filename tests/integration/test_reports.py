@@ -1,4 +1,4 @@
-"""What frontends count reaches the hub exactly once, whatever happens to their connections."""
+"""Counts of frontends reach the hub exactly once, even if connections break."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ ACTIONS = ["count", "report", "begin", "break", "lose", "keep"]
 
 
 class LossyHub(Hub):
-    """A hub whose acknowledgements are lost while it is told so."""
+    """A hub whose acknowledgements are lost while `loses` is set."""
 
     loses = False
 
     async def serve_frontend(self, reader: asyncio.StreamReader, send: Sender) -> None:
-        def say_some(message: Message) -> bool:
+        def say_unless_lost(message: Message) -> bool:
             lost = self.loses and isinstance(message, ReportAcknowledged)
             return lost or send(message)
 
-        await super().serve_frontend(reader, say_some)
+        await super().serve_frontend(reader, say_unless_lost)
 
     def counted(self) -> float:
         """Return the number of connections that were counted as malformed."""
@@ -66,7 +66,7 @@ async def frontend(socket: Path) -> AsyncIterator[HubLink]:
 @given(st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(0, 1)), max_size=20))
 @example([("count", 0), ("lose", 0), ("report", 0), ("break", 0), ("report", 0)])
 @example([("count", 0), ("begin", 0), ("break", 0), ("count", 0), ("report", 0)])
-def test_no_count_is_lost_or_doubled_where_connections_break(
+def test_no_count_is_lost_or_doubled_when_connections_break(
     actions: list[tuple[str, int]],
 ) -> None:
     asyncio.run(_count_once(actions))
@@ -80,7 +80,7 @@ async def _count_once(actions: list[tuple[str, int]]) -> None:
             frontend(socket) as one,
             frontend(socket) as other,
         ):
-            begun: list[asyncio.Task[None]] = []
+            reports: list[asyncio.Task[None]] = []
             for action, index in actions:
                 to_hub = (one, other)[index]
                 match action:
@@ -89,13 +89,13 @@ async def _count_once(actions: list[tuple[str, int]]) -> None:
                     case "report":
                         await _report(to_hub)
                     case "begin":
-                        begun.append(asyncio.create_task(_report(to_hub)))
+                        reports.append(asyncio.create_task(_report(to_hub)))
                         await asyncio.sleep(0)
                     case "break":
                         to_hub.close()
                     case _:
                         hub.loses = action == "lose"
-            await asyncio.gather(*begun)
+            await asyncio.gather(*reports)
             hub.loses = False
             total = sum(action == "count" for action, _ in actions)
             await until(lambda: hub.counted() >= total, "all counts")
@@ -106,13 +106,13 @@ async def _count_once(actions: list[tuple[str, int]]) -> None:
 
 
 async def _report(to_hub: HubLink) -> None:
-    """Have a connection and ask, which takes the counts along; it may break meanwhile."""
+    """Send a scrape, which also sends the counts; the connection may break meanwhile."""
     await until(lambda: to_hub.connected, "a connection")
     with suppress(DisconnectedError):
         await to_hub.query(SCRAPE)
 
 
-async def test_a_hub_that_is_started_anew_counts_what_the_one_before_did_not_acknowledge() -> None:
+async def test_a_new_hub_gets_the_counts_that_the_old_one_did_not_acknowledge() -> None:
     with tempfile.TemporaryDirectory(prefix="bf-") as folder:
         socket = Path(folder) / "hub.sock"
         before, after = empty_hub(Path(folder)), empty_hub(Path(folder))

@@ -1,4 +1,4 @@
-"""Two versions of a model side by side: canary, shadow, promotion, rollback, automatic stop."""
+"""Roll-outs of a new version: canary, shadow, promotion, rollback, automatic stop."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TEXT = TEXTS[0]
 
 
 def copy_version(store: Path, version: int, like: int = 1) -> Path:
-    """Put a copy of a version into the store."""
+    """Copy a version in the store under another number."""
     away = store / "away"
     shutil.copytree(store / TOPICS / str(like), away)
     manifest = json.loads((away / "manifest.json").read_text())
@@ -36,7 +36,7 @@ def copy_version(store: Path, version: int, like: int = 1) -> Path:
 
 
 def swap_labels(folder: Path) -> None:
-    """Make a version answer with other labels: those of its outputs trade places."""
+    """Rotate the outputs of a version, so that it answers with other labels."""
     weights = folder / "model.safetensors"
     tensors = load_file(weights)
     labels = len(json.loads((folder / "manifest.json").read_text())["labels"])
@@ -52,7 +52,7 @@ def swap_labels(folder: Path) -> None:
 
 @asynccontextmanager
 async def serving(store: Path, tmp_path: Path, **settings: Any) -> AsyncIterator[Service]:
-    """Run a service that serves topics:1, with a state folder that outlives it."""
+    """Run a service that serves topics:1, with a persistent state folder."""
     own: dict[str, Any] = {"models": [f"{TOPICS}:1"], "state_dir": tmp_path / "state"}
     async with service(store, **own | settings) as running:
         yield running
@@ -76,8 +76,8 @@ async def report(running: Service) -> dict[str, Any]:
     return dict(response.json())
 
 
-async def asked(client: httpx.AsyncClient, name: str, **fields: Any) -> str:
-    """Return the version that answered a request of this id."""
+async def version_for(client: httpx.AsyncClient, name: str, **fields: Any) -> str:
+    """Send a request with this id, and return the version that answered it."""
     headers = {"X-Request-Id": name}
     body = {"input": fields.pop("input", TEXT)} | fields
     response = await client.post("/classify", json=body, headers=headers)
@@ -86,22 +86,20 @@ async def asked(client: httpx.AsyncClient, name: str, **fields: Any) -> str:
 
 
 async def versions(running: Service, count: int = 200, **fields: Any) -> Counter[str]:
-    """Count which versions answer requests that name none."""
+    """Count which versions answer requests without a version."""
     names = [f"request-{at}" for at in range(count)]
-    return Counter([await asked(running.client, name, **fields) for name in names])
+    return Counter([await version_for(running.client, name, **fields) for name in names])
 
 
 class TestCanary:
-    async def test_its_share_of_the_requests_is_its_weight(
-        self, store: Path, tmp_path: Path
-    ) -> None:
+    async def test_the_weight_is_the_share_of_requests(self, store: Path, tmp_path: Path) -> None:
         async with serving(store, tmp_path, fronts=2) as running:
             begun = await roll_out(running, version=2, weight=0.25)
             assert (begun["state"], begun["weight"]) == ("running", 0.25)
             names = [f"request-{at}" for at in range(400)]
-            first = [await asked(running.client, name) for name in names]
+            first = [await version_for(running.client, name) for name in names]
             assert 60 <= first.count("topics:2") <= 140
-            again = [await asked(running.other_clients[0], name) for name in names]
+            again = [await version_for(running.other_clients[0], name) for name in names]
             assert again == first
 
             async def counted() -> bool:
@@ -119,12 +117,14 @@ class TestCanary:
             await roll_out(running, weight=weight)
             assert await versions(running, 20) == {version: 20}
             for pinned in ("topics:1", "topics:2"):
-                assert await asked(running.client, "one", model=pinned) == pinned
+                assert await version_for(running.client, "one", model=pinned) == pinned
             error_of(await running.ask(TEXT, model="topics:3"), 404, "unknown_model", "model")
             path = f"/v2/models/{TOPICS}/versions/2/ready"
             assert (await running.client.get(path)).status_code == 200
 
-    async def test_it_can_be_seen(self, store: Path, tmp_path: Path) -> None:
+    async def test_the_candidate_is_listed_and_in_the_metrics(
+        self, store: Path, tmp_path: Path
+    ) -> None:
         async with serving(store, tmp_path) as running:
             await roll_out(running, weight=0.1, shadow=0.5)
             listed = (await running.client.get("/v1/models")).json()["data"]
@@ -138,7 +138,7 @@ class TestCanary:
             await change(running, "rollback")
             assert "budgetformer_rollout_weight{" not in (await running.client.get("/metrics")).text
 
-    async def test_the_share_is_changed_while_it_runs(self, store: Path, tmp_path: Path) -> None:
+    async def test_a_running_roll_out_can_be_changed(self, store: Path, tmp_path: Path) -> None:
         async with serving(store, tmp_path) as running:
             await roll_out(running, version=2, weight=0.0, min_agreement=0.7)
             found = await roll_out(running, weight=1.0)
@@ -149,13 +149,15 @@ class TestCanary:
 
 
 class TestShadow:
-    async def test_its_answers_are_compared_and_not_returned(
+    async def test_shadow_answers_are_compared_but_not_returned(
         self, store: Path, tmp_path: Path
     ) -> None:
         async with serving(store, tmp_path) as running:
             await roll_out(running, shadow=1.0)
             for at, text in enumerate(TEXTS):
-                assert await asked(running.client, f"r{at}", input=text, heads=1) == "topics:1"
+                assert (
+                    await version_for(running.client, f"r{at}", input=text, heads=1) == "topics:1"
+                )
 
             async def compared() -> bool:
                 texts: dict[str, int] = (await report(running))["shadow_texts"]
@@ -182,7 +184,7 @@ class TestShadow:
                 assert found[side]["shadow_macs_per_text"] > 0
                 assert found[side]["shadow_ms_per_text"] > 0
 
-    async def test_requests_that_it_answers_are_not_computed_twice(
+    async def test_requests_of_the_candidate_are_not_computed_twice(
         self, store: Path, tmp_path: Path
     ) -> None:
         async with serving(store, tmp_path) as running:
@@ -190,7 +192,9 @@ class TestShadow:
             await versions(running, 30)
             assert (await report(running))["shadow_texts"] == {}
 
-    async def test_half_of_the_others(self, store: Path, tmp_path: Path) -> None:
+    async def test_shadow_is_a_share_of_the_other_requests(
+        self, store: Path, tmp_path: Path
+    ) -> None:
         async with serving(store, tmp_path) as running:
             await roll_out(running, weight=0.5, shadow=0.5)
             answered = await versions(running, 200)
@@ -201,7 +205,7 @@ class TestShadow:
 
             await until(compared, "half of the others")
 
-    async def test_more_texts_than_there_is_room_for_are_skipped(
+    async def test_texts_beyond_the_limit_are_skipped(
         self, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("service.pipeline.shadow.MAX_TEXTS", 3)
@@ -212,7 +216,7 @@ class TestShadow:
 
 
 class TestEnd:
-    async def test_promotion_and_the_way_back(self, store: Path, tmp_path: Path) -> None:
+    async def test_promotion_can_be_rolled_back(self, store: Path, tmp_path: Path) -> None:
         async with serving(store, tmp_path) as running:
             await roll_out(running, weight=0.5)
             ended = (await change(running, "promote")).json()
@@ -228,14 +232,14 @@ class TestEnd:
                 assert metrics.total("rollouts_ended_total", **labels) == 1
             error_of(await change(running, "rollback"), 409, "conflict")
 
-    async def test_rollback(self, store: Path, tmp_path: Path) -> None:
+    async def test_rollback_ends_the_roll_out(self, store: Path, tmp_path: Path) -> None:
         async with serving(store, tmp_path) as running:
             await roll_out(running, weight=1.0)
             assert (await change(running, "rollback")).json()["state"] == "rolled_back"
             assert await versions(running, 20) == {"topics:1": 20}
             await until(lambda: set(running.core.models) == {(TOPICS, 1)}, "the second to be freed")
 
-    async def test_unloading_the_model_ends_it(self, store: Path, tmp_path: Path) -> None:
+    async def test_unloading_the_model_ends_the_roll_out(self, store: Path, tmp_path: Path) -> None:
         async with serving(store, tmp_path) as running:
             await roll_out(running, weight=0.5)
             assert (await change(running, "unload")).status_code == 200
@@ -245,7 +249,7 @@ class TestEnd:
             found = await report(running)
             assert (found["state"], found["reason"]) == ("rolled_back", "the model was unloaded")
 
-    async def test_requests_go_on_through_every_change(self, store: Path, tmp_path: Path) -> None:
+    async def test_requests_succeed_through_every_change(self, store: Path, tmp_path: Path) -> None:
         async with serving(store, tmp_path, fronts=2) as running:
             done, seen = asyncio.Event(), Counter[str]()
 
@@ -253,7 +257,9 @@ class TestEnd:
                 at = 0
                 while not done.is_set():
                     at += 1
-                    seen[await asked(client, f"{caller}-{at}", input=TEXTS[at % 9], heads=1)] += 1
+                    seen[
+                        await version_for(client, f"{caller}-{at}", input=TEXTS[at % 9], heads=1)
+                    ] += 1
 
             clients = [running.client, *running.other_clients]
             callers = [asyncio.create_task(ask(clients[at % 2], at)) for at in range(8)]
@@ -270,9 +276,9 @@ class TestEnd:
 
 
 class TestStop:
-    """A candidate that is beyond its bounds goes by itself."""
+    """A roll-out stops automatically if the candidate exceeds its limits."""
 
-    async def test_answers_that_differ(self, store: Path, tmp_path: Path) -> None:
+    async def test_too_many_different_answers_stop_it(self, store: Path, tmp_path: Path) -> None:
         swap_labels(copy_version(store, 3))
         async with serving(store, tmp_path) as running:
             await roll_out(running, version=3, shadow=1.0, weight=0.2, min_agreement=0.9)
@@ -291,7 +297,7 @@ class TestStop:
             metrics = await running.scrape()
             assert metrics.total("rollouts_ended_total", **labels) == 1
 
-    async def test_passes_that_fail(self, store: Path, tmp_path: Path) -> None:
+    async def test_failing_requests_stop_it(self, store: Path, tmp_path: Path) -> None:
         async with serving(store, tmp_path) as running:
             await roll_out(running, weight=0.5)
 
@@ -311,7 +317,9 @@ class TestStop:
             assert "requests failed" in (await report(running))["reason"]
             assert await versions(running, 20) == {"topics:1": 20}
 
-    async def test_it_stops_although_that_cannot_be_kept(self, store: Path, tmp_path: Path) -> None:
+    async def test_it_stops_even_if_the_state_cannot_be_written(
+        self, store: Path, tmp_path: Path
+    ) -> None:
         swap_labels(copy_version(store, 3))
         async with serving(store, tmp_path) as running:
             await roll_out(running, version=3, shadow=1.0, min_agreement=0.9)
@@ -328,7 +336,7 @@ class TestStop:
 
 
 class TestRestart:
-    async def test_it_goes_on(self, store: Path, tmp_path: Path) -> None:
+    async def test_a_roll_out_continues_after_a_restart(self, store: Path, tmp_path: Path) -> None:
         async with serving(store, tmp_path, models=[TOPICS]) as running:
             assert (await change(running, "load", version=1)).status_code == 200
             await roll_out(running, version=2, weight=0.5, min_agreement=0.5)
@@ -340,7 +348,7 @@ class TestRestart:
             assert await versions(running, 50) == before
 
     @pytest.mark.parametrize(("end", "version"), [("promote", 2), ("rollback", 1)])
-    async def test_what_was_decided_holds_until_a_higher_version_comes(
+    async def test_the_outcome_holds_until_a_higher_version_is_added(
         self, store: Path, tmp_path: Path, end: str, version: int
     ) -> None:
         async with serving(store, tmp_path, models=[TOPICS]) as running:
@@ -355,7 +363,9 @@ class TestRestart:
         async with serving(store, tmp_path, models=[TOPICS]) as running:
             assert await versions(running, 5) == {"topics:3": 5}
 
-    async def test_a_candidate_that_went_away_meanwhile(self, store: Path, tmp_path: Path) -> None:
+    async def test_a_missing_candidate_stops_the_roll_out(
+        self, store: Path, tmp_path: Path
+    ) -> None:
         async with serving(store, tmp_path) as running:
             await roll_out(running, weight=0.5)
         (store / TOPICS / "2").rename(tmp_path / "gone")
@@ -363,7 +373,7 @@ class TestRestart:
             assert (await report(running))["state"] == "stopped"
             assert await versions(running, 10) == {"topics:1": 10}
 
-    async def test_a_damaged_file_is_reported(self, store: Path, tmp_path: Path) -> None:
+    async def test_a_damaged_state_file_is_reported(self, store: Path, tmp_path: Path) -> None:
         (tmp_path / "state").mkdir()
         (tmp_path / "state" / "rollouts.json").write_text('{"topics": 3}')
         async with serving(store, tmp_path) as running:
@@ -374,7 +384,9 @@ class TestRestart:
 
 
 class TestRefusals:
-    async def test_what_cannot_be_done_now(self, store: Path, tmp_path: Path) -> None:
+    async def test_changes_in_the_wrong_state_are_refused(
+        self, store: Path, tmp_path: Path
+    ) -> None:
         copy_version(store, 3)
         async with serving(store, tmp_path) as running:
             for action in ("promote", "rollback"):
@@ -397,18 +409,24 @@ class TestRefusals:
         ],
         ids=json.dumps,
     )  # fmt: skip
-    async def test_fields(self, store: Path, tmp_path: Path, body: dict[str, Any]) -> None:
+    async def test_invalid_fields_are_refused(
+        self, store: Path, tmp_path: Path, body: dict[str, Any]
+    ) -> None:
         async with serving(store, tmp_path) as running:
             error_of(await change(running, "rollout", **body), 422)
             assert set(running.core.models) == {(TOPICS, 1)}
 
     @pytest.mark.parametrize("action", ["rollout", "promote", "rollback"])
-    async def test_without_the_admin_key(self, store: Path, tmp_path: Path, action: str) -> None:
+    async def test_the_admin_key_is_required(
+        self, store: Path, tmp_path: Path, action: str
+    ) -> None:
         async with serving(store, tmp_path) as running:
             error_of(await running.client.post(f"/models/{TOPICS}/{action}"), 401)
             error_of(await running.client.get(f"/models/{TOPICS}/rollout"), 401)
 
-    async def test_a_folder_that_cannot_be_written(self, store: Path, tmp_path: Path) -> None:
+    async def test_an_unwritable_state_folder_refuses_roll_outs(
+        self, store: Path, tmp_path: Path
+    ) -> None:
         (tmp_path / "state").write_text("in the way")
         async with serving(store, tmp_path) as running:
             error = error_of(await change(running, "rollout"), 503, "state_not_kept")
@@ -418,7 +436,7 @@ class TestRefusals:
 
 
 class TestSettings:
-    def named(self, running: Service, **own: Any) -> Settings:
+    def with_model_settings(self, running: Service, **own: Any) -> Settings:
         settings = running.hub.settings
         return settings.model_copy(update={"model_settings": {TOPICS: ModelSettings(**own)}})
 
@@ -427,17 +445,19 @@ class TestSettings:
     ) -> None:
         async with serving(store, tmp_path) as running:
             for version, state in ((2, "promoted"), (1, "promoted"), (1, "promoted")):
-                await running.hub.configure(self.named(running, version=version))
+                await running.hub.configure(self.with_model_settings(running, version=version))
                 name = f"topics:{version}"
                 await until(lambda: _serves(running, name), f"{name} to be served")  # noqa: B023
                 if version == 1:
                     await roll_out(running, version=2, weight=0.5)
-                    await running.hub.configure(self.named(running, version=2))
+                    await running.hub.configure(self.with_model_settings(running, version=2))
                     await until(lambda: _serves(running, "topics:2"), "the promotion")
                     assert (await report(running))["state"] == state
-                    await running.hub.configure(self.named(running))
+                    await running.hub.configure(self.with_model_settings(running))
 
-    async def test_they_are_what_a_roll_out_begins_with(self, store: Path, tmp_path: Path) -> None:
+    async def test_settings_are_the_defaults_of_a_roll_out(
+        self, store: Path, tmp_path: Path
+    ) -> None:
         own = RollOutSettings(weight=0.5, shadow=0.1, max_latency_ratio=3.0)
         settings = {"model_settings": {TOPICS: ModelSettings(rollout=own)}}
         async with serving(store, tmp_path, **settings) as running:
@@ -445,14 +465,14 @@ class TestSettings:
             assert (found["weight"], found["shadow"]) == (0.25, 0.1)
             assert (found["max_error_rate"], found["max_latency_ratio"]) == (0.01, 3.0)
             own = RollOutSettings(weight=1.0)
-            await running.hub.configure(self.named(running, rollout=own))
+            await running.hub.configure(self.with_model_settings(running, rollout=own))
 
             async def adjusted() -> bool:
                 return bool((await report(running))["weight"] == 1.0)
 
             await until(adjusted, "the weight")
 
-    async def test_a_version_that_comes_into_the_store_is_rolled_out(
+    async def test_a_new_version_in_the_store_is_rolled_out(
         self, store: Path, tmp_path: Path
     ) -> None:
         settings = {"model_settings": {TOPICS: ModelSettings(rollout=RollOutSettings(weight=0.5))}}
@@ -469,11 +489,11 @@ class TestSettings:
             await poll.look()
             assert (await report(running))["candidate"]["version"] == 3
 
-    async def test_a_version_that_the_store_lacks_is_reported(
+    async def test_a_configured_version_missing_from_the_store_is_reported(
         self, store: Path, tmp_path: Path
     ) -> None:
         async with serving(store, tmp_path) as running:
-            await running.hub.configure(self.named(running, version=9))
+            await running.hub.configure(self.with_model_settings(running, version=9))
 
             async def reported() -> bool:
                 errors = (await running.client.get("/health")).json()["errors"]
@@ -484,12 +504,10 @@ class TestSettings:
 
 
 async def _serves(running: Service, name: str) -> bool:
-    return await asked(running.client, "one") == name
+    return await version_for(running.client, "one") == name
 
 
-async def test_a_candidate_that_no_engine_has_yet_answers_nothing(
-    store: Path, tmp_path: Path
-) -> None:
+async def test_a_candidate_that_no_engine_has_gets_no_requests(store: Path, tmp_path: Path) -> None:
     async with serving(store, tmp_path) as running:
         await roll_out(running, weight=1.0)
         await running.hub.fleet.unload((TOPICS, 2))
@@ -520,7 +538,7 @@ async def test_a_candidate_that_engines_cannot_load_is_not_promoted(
         assert (await report(running))["state"] == "running"
 
 
-async def test_a_model_that_is_not_served_after_a_restart_is_not_rolled_out(
+async def test_a_roll_out_ends_if_its_model_is_not_served_after_a_restart(
     store: Path, tmp_path: Path
 ) -> None:
     async with serving(store, tmp_path) as running:

@@ -1,4 +1,4 @@
-"""The checkpoints that come with the project, and what the README says of one of them."""
+"""The checkpoints in the repository, and the answer of one of them in the README."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from budgetformer.classifier import Classifier
 from budgetformer.training.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
-SHIPPED = ROOT / "model_store" / "ag_news" / "3"
+AG_NEWS = ROOT / "model_store" / "ag_news" / "3"
 STORE = read_store(ROOT / "model_store")
 CHECKPOINTS = [c for versions in STORE.checkpoints.values() for c in versions]
-each = pytest.mark.parametrize("checkpoint", CHECKPOINTS, ids=[c.label for c in CHECKPOINTS])
+each_checkpoint = pytest.mark.parametrize(
+    "checkpoint", CHECKPOINTS, ids=[c.label for c in CHECKPOINTS]
+)
 README = (ROOT / "README.md").read_text()
 
 SENTENCES = {
@@ -32,11 +34,11 @@ SENTENCES = {
 
 @pytest.fixture(scope="module")
 def classifier() -> Classifier:
-    return Classifier(SHIPPED)
+    return Classifier(AG_NEWS)
 
 
-def test_plain_transformers_gives_the_same_labels(classifier: Classifier) -> None:
-    labelled = pipeline("text-classification", model=str(SHIPPED), device="cpu")
+def test_transformers_alone_gives_the_same_labels(classifier: Classifier) -> None:
+    labelled = pipeline("text-classification", model=str(AG_NEWS), device="cpu")
     labelled.model.forward = partial(labelled.model.forward, steps=classifier.checkpoint.num_heads)
     texts = list(SENTENCES.values())
     answers = classifier(texts, heads=classifier.checkpoint.num_heads)
@@ -44,30 +46,30 @@ def test_plain_transformers_gives_the_same_labels(classifier: Classifier) -> Non
     assert {one.label for one in answers} == set(classifier.checkpoint.manifest.labels)
 
 
-def test_nothing_in_the_store_is_broken() -> None:
+def test_no_checkpoint_in_the_store_is_broken() -> None:
     assert not STORE.errors
     assert "ag_news" in STORE.checkpoints
 
 
-@each
-def test_it_is_small_enough_to_live_in_the_repository(checkpoint: Checkpoint) -> None:
+@each_checkpoint
+def test_checkpoints_are_smaller_than_50_mb(checkpoint: Checkpoint) -> None:
     assert sum(path.stat().st_size for path in checkpoint.path.iterdir()) < 50e6
 
 
-@each
-def test_it_is_what_its_manifest_says(checkpoint: Checkpoint) -> None:
+@each_checkpoint
+def test_checkpoints_match_their_manifest(checkpoint: Checkpoint) -> None:
     checkpoint.verify()
 
 
-@each
-def test_it_has_a_card_with_its_plot(checkpoint: Checkpoint) -> None:
+@each_checkpoint
+def test_checkpoints_have_a_card_with_a_plot(checkpoint: Checkpoint) -> None:
     card = (checkpoint.path / "README.md").read_text()
     (plot,) = re.findall(r"!\[.*\]\((.*)\)", card)
     assert (checkpoint.path / plot).read_bytes().startswith(b"\x89PNG")
 
 
-@each
-def test_its_recipe_is_the_one_beside_it(checkpoint: Checkpoint) -> None:
+@each_checkpoint
+def test_the_recipe_file_beside_a_checkpoint_was_used(checkpoint: Checkpoint) -> None:
     path = checkpoint.path.parent / "recipe.toml"
     Recipe.read(path)
     stated = tomllib.loads(path.read_text())
@@ -75,13 +77,13 @@ def test_its_recipe_is_the_one_beside_it(checkpoint: Checkpoint) -> None:
     assert {name: used[name] for name in stated} == stated
 
 
-@each
-def test_its_levels_cost_more_and_reach_more(checkpoint: Checkpoint) -> None:
+@each_checkpoint
+def test_higher_levels_cost_more_and_are_more_accurate(checkpoint: Checkpoint) -> None:
     levels = checkpoint.manifest.named_levels
     fast, balanced, best = (levels[name] for name in ("fast", "balanced", "best"))
     assert fast.macs_share <= balanced.macs_share <= best.macs_share
     if checkpoint.config["budget_scope"] == "layer":
-        return  # its layers decide for themselves, and no level has a cost to keep to
+        return  # its layers decide separately, and its levels have no limits of cost
     cap, next_cap = checkpoint.manifest.recipe["level_costs"]
     assert fast.macs_share <= cap
     assert fast.macs_share < balanced.macs_share <= next_cap
@@ -93,16 +95,18 @@ def test_its_levels_cost_more_and_reach_more(checkpoint: Checkpoint) -> None:
 
 @pytest.mark.parametrize("label", SENTENCES)
 @pytest.mark.parametrize("quality", ["fast", "balanced", "best"])
-def test_it_knows_plain_sentences(classifier: Classifier, label: str, quality: str) -> None:
+def test_simple_sentences_are_classified_correctly(
+    classifier: Classifier, label: str, quality: str
+) -> None:
     (answer,) = classifier([SENTENCES[label]], quality=quality)
     assert answer.label == label
 
 
-def test_the_readme_shows_its_real_answer(classifier: Classifier) -> None:
-    (asked,) = re.findall(r"-d '(\{.*?\})'", README)
+def test_the_readme_shows_the_actual_answer(classifier: Classifier) -> None:
+    (request,) = re.findall(r"-d '(\{.*?\})'", README)
     (shown,) = re.findall(r"```json\n(.*?)```", README, flags=re.DOTALL)
     (item,) = json.loads(shown)["data"]
-    (answer,) = classifier([json.loads(asked)["input"]])
+    (answer,) = classifier([json.loads(request)["input"]])
     assert item["label"] == answer.label
     assert item["probs"] == pytest.approx(answer.probs, rel=1e-4)
     assert (item["macs"], item["dense_macs"]) == (answer.macs, answer.dense_macs)

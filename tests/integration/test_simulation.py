@@ -1,4 +1,4 @@
-"""The simulated engine against the real one."""
+"""The simulated engine compared with the real one."""
 
 from __future__ import annotations
 
@@ -33,23 +33,27 @@ async def compare(fresh: Service) -> None:
     texts = dict(
         zip(words, measure_texts(read_checkpoint(model.checkpoint.path), words).texts, strict=True)
     )
-    # The first text holds the device; behind it come single texts, and a large request.
+    # The first text occupies the device while single texts and a large request wait.
     hard = [word for word in words if texts[word].steps["best"]]
-    asked = [[hard[0]], *([word] for word in hard[1:9]), [w for w in words if w not in hard[:9]]]
+    requested_texts = [
+        [hard[0]],
+        *([word] for word in hard[1:9]),
+        [w for w in words if w not in hard[:9]],
+    ]
 
     real: list[tuple[int, int]] = []
     say = core.broadcast
 
-    def listen(message: ToFrontend) -> None:
+    def record(message: ToFrontend) -> None:
         if isinstance(message, BatchReport) and message.budget:
             real.append((message.budget, message.items))
         say(message)
 
-    core.broadcast = listen
+    core.broadcast = record
     with held(core):
         asking = []
         done = 0
-        for some in asked:
+        for some in requested_texts:
             asking.append(asyncio.create_task(fresh.answer(some, quality="best")))
             done += sum(word in hard for word in some)
             await until(lambda done=done: fresh.in_flight() == done, "the request")
@@ -61,7 +65,8 @@ async def compare(fresh: Service) -> None:
     )
     now, simulated = 0.0, []
     requests = [
-        SimRequest(n / 1000, 10.0, [texts[w] for w in some]) for n, some in enumerate(asked)
+        SimRequest(n / 1000, 10.0, [texts[w] for w in some])
+        for n, some in enumerate(requested_texts)
     ]
     for request in requests:
         request.level = engine.level(0.0)

@@ -28,8 +28,8 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 TEXTS = [text for text, _ in labelled_sentences()][:8]
 PAIRED = [("The otter slept", "A young fox"), ("The otter slept", "ran past"), ("A", "A choir")]
-"""None is cut: step 0 reads more of a text that is."""
-CLOSE = {"score", "probs"}
+"""Short enough not to be truncated, because step 0 reads more of a truncated text."""
+ROUNDED_OUTPUTS = {"score", "probs"}
 
 
 def tokens_of(shared: Service, model: str, texts: list[Text]) -> list[Tokens]:
@@ -103,12 +103,12 @@ def text_tensors(texts: list[Text]) -> list[dict[str, Any]]:
 
 
 def check_same(answer: httpx.Response, expected: httpx.Response) -> None:
-    """Check that two answers say the same; the texts may have run in other batches."""
+    """Check that two answers are equal up to rounding, as the texts may run in other batches."""
     assert answer.status_code == expected.status_code == 200, answer.text + expected.text
     rows, other_rows = answer.json()["outputs"], expected.json()["outputs"]
     for row, other in zip(rows, other_rows, strict=True):
         assert (row["name"], row["shape"]) == (other["name"], other["shape"])
-        if row["name"] in CLOSE:
+        if row["name"] in ROUNDED_OUTPUTS:
             assert row["data"] == pytest.approx(other["data"], rel=1e-4)
         else:
             assert row["data"] == other["data"]
@@ -116,7 +116,9 @@ def check_same(answer: httpx.Response, expected: httpx.Response) -> None:
 
 @pytest.mark.parametrize("kind", ["INT32", "INT64"])
 @pytest.mark.parametrize("form", ["flat", "nested", "binary"])
-async def test_every_form_is_the_text(shared: Service, kind: str, form: str) -> None:
+async def test_token_ids_in_every_format_are_answered_like_the_text(
+    shared: Service, kind: str, form: str
+) -> None:
     expected = await send(shared, text_tensors(TEXTS))
     given = arrays_of(tokens_of(shared, TOPICS, TEXTS))
     check_same(await infer(shared, given, TOPICS, kind, form), expected)
@@ -124,7 +126,9 @@ async def test_every_form_is_the_text(shared: Service, kind: str, form: str) -> 
 
 @pytest.mark.parametrize("model", [TOPICS, TAGS, CHAINED, PICKY])
 @pytest.mark.parametrize("level", [{}, {"quality": "best"}, {"quality": "fast"}, {"heads": 2}])
-async def test_every_model_and_level(shared: Service, model: str, level: dict[str, Any]) -> None:
+async def test_every_kind_of_model_and_level(
+    shared: Service, model: str, level: dict[str, Any]
+) -> None:
     if model in (TAGS, PICKY) and "quality" in level:
         level = {"max_heads": 1}
     given = arrays_of(tokens_of(shared, model, TEXTS), MAX_TOKENS)
@@ -132,7 +136,7 @@ async def test_every_model_and_level(shared: Service, model: str, level: dict[st
     check_same(await infer(shared, given, model, parameters=level), expected)
 
 
-async def test_pairs(shared: Service) -> None:
+async def test_pairs_of_texts(shared: Service) -> None:
     texts = [*PAIRED, TEXTS[0]]
     given = arrays_of(tokens_of(shared, PAIRS, texts))
     assert given["token_type_ids"].any()
@@ -140,13 +144,13 @@ async def test_pairs(shared: Service) -> None:
     check_same(await infer(shared, given, PAIRS), expected)
 
 
-async def test_the_mask_and_types_may_be_left_out(shared: Service) -> None:
+async def test_attention_mask_and_token_types_are_optional(shared: Service) -> None:
     (tokens,) = tokens_of(shared, TOPICS, TEXTS[:1])
     expected = await send(shared, text_tensors(TEXTS[:1]))
     check_same(await infer(shared, {"input_ids": [tokens.ids]}), expected)
 
 
-async def test_what_is_behind_the_mask_says_nothing(shared: Service) -> None:
+async def test_values_outside_the_mask_are_ignored(shared: Service) -> None:
     given = arrays_of(tokens_of(shared, TOPICS, TEXTS), MAX_TOKENS)
     expected = await infer(shared, given)
     given["input_ids"][given["attention_mask"] == 0] = vocabulary(shared) - 1
@@ -154,7 +158,7 @@ async def test_what_is_behind_the_mask_says_nothing(shared: Service) -> None:
     check_same(await infer(shared, given), expected)
 
 
-async def test_no_tokenizer_runs(shared: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_tokenizer_is_not_used(shared: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     given = arrays_of(tokens_of(shared, TOPICS, TEXTS))
     served = shared.app.state.shared.models.get(TOPICS)
     monkeypatch.setattr(served, "encoder", None)
@@ -175,7 +179,9 @@ async def test_tokens_are_counted(shared: Service) -> None:
     max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
-async def test_any_texts_and_any_padding(shared: Service, data: st.DataObject) -> None:
+async def test_any_texts_with_any_padding_are_answered_like_texts(
+    shared: Service, data: st.DataObject
+) -> None:
     words = st.text(st.sampled_from("the oter slpun. "), min_size=1, max_size=14)
     texts = data.draw(st.lists(words | st.just("") | st.tuples(words, words), min_size=1))
     tokens = tokens_of(shared, PAIRS, texts)
@@ -192,7 +198,7 @@ def error_of(response: httpx.Response, status: int = 422) -> str:
     return str(message)
 
 
-GOOD = {"input_ids": [[2, 7, 3], [2, 3, 0]], "attention_mask": [[1, 1, 1], [1, 1, 0]]}
+VALID_INPUTS = {"input_ids": [[2, 7, 3], [2, 3, 0]], "attention_mask": [[1, 1, 1], [1, 1, 0]]}
 
 
 @pytest.mark.parametrize(
@@ -215,15 +221,15 @@ GOOD = {"input_ids": [[2, 7, 3], [2, 3, 0]], "attention_mask": [[1, 1, 1], [1, 1
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("form", ["flat", "nested", "binary"])
-async def test_a_wrong_value(
+async def test_invalid_values_are_refused_with_their_position(
     shared: Service, change: dict[str, Any], message: str, form: str
 ) -> None:
-    given = GOOD | change
+    given = VALID_INPUTS | change
     for kind in ("INT32", "INT64"):
         assert message in error_of(await infer(shared, given, kind=kind, form=form))
 
 
-async def test_the_vocabulary_ends_where_it_ends(shared: Service) -> None:
+async def test_ids_outside_the_vocabulary_are_refused(shared: Service) -> None:
     size = vocabulary(shared)
     assert (await infer(shared, {"input_ids": [[size - 1]]})).status_code == 200
     for wrong in (size, 2**31, 2**32, 2**62, -(2**32)):
@@ -250,7 +256,9 @@ async def test_the_vocabulary_ends_where_it_ends(shared: Service) -> None:
         (None, [1, 3], "either `data` or the parameter `binary_data_size`"),
     ],
 )
-async def test_wrong_json(shared: Service, data: Any, shape: list[int], message: str) -> None:
+async def test_invalid_json_data_is_refused(
+    shared: Service, data: Any, shape: list[int], message: str
+) -> None:
     tensor = {"name": "input_ids", "shape": shape, "datatype": "INT32", "data": data}
     assert message in error_of(await send(shared, [tensor]))
 
@@ -258,7 +266,9 @@ async def test_wrong_json(shared: Service, data: Any, shape: list[int], message:
 @pytest.mark.parametrize(
     ("size", "message"), [(12, None), (8, "has 2 elements"), (11, "end within an element")]
 )
-async def test_damaged_binary_data(shared: Service, size: int, message: str | None) -> None:
+async def test_binary_data_of_the_wrong_size_is_refused(
+    shared: Service, size: int, message: str | None
+) -> None:
     tensor: dict[str, Any] = {"name": "input_ids", "shape": [1, 3], "datatype": "INT32"}
     tensor["parameters"] = {"binary_data_size": size}
     blob = np.array([2, 7, 3], "<i4").tobytes()[:size]
@@ -270,7 +280,7 @@ async def test_damaged_binary_data(shared: Service, size: int, message: str | No
     assert "bytes follow the JSON" in error_of(await send(shared, [tensor], blob + b"\0"))
 
 
-async def test_inputs_that_do_not_go_together(shared: Service) -> None:
+async def test_incompatible_inputs_are_refused(shared: Service) -> None:
     ids = {"name": "input_ids", "shape": [1, 2], "datatype": "INT64", "data": [2, 3]}
     (text,) = text_tensors(TEXTS[:1])
     pair = text | {"name": "text_pair"}
@@ -287,9 +297,9 @@ async def test_inputs_that_do_not_go_together(shared: Service) -> None:
         assert message in error_of(await send(shared, inputs))
 
 
-async def test_limits_and_other_errors(shared: Service) -> None:
+async def test_limits_apply_and_truncate_is_accepted(shared: Service) -> None:
     many = {"input_ids": [[2, 3]] * 65}
     assert "65 items" in error_of(await infer(shared, many), 413)
-    assert "no model" in error_of(await infer(shared, GOOD, "nothing"), 404)
-    response = await infer(shared, GOOD, parameters={"truncate": False})
+    assert "no model" in error_of(await infer(shared, VALID_INPUTS, "nothing"), 404)
+    response = await infer(shared, VALID_INPUTS, parameters={"truncate": False})
     assert response.status_code == 200

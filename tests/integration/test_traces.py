@@ -1,4 +1,4 @@
-"""What a trace tells: one request through frontend and engine, and the batches that it rode in."""
+"""Traces: the spans of a request in frontend and engine, and links to its batches."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TRACEPARENT = f"00-{TRACE}-{CALLER}-01"
 
 @dataclass
 class Traced:
-    """A service whose spans are kept here."""
+    """A service with the spans that it exported."""
 
     service: Service
     exporter: InMemorySpanExporter
@@ -35,7 +35,7 @@ class Traced:
         finished = self.exporter.get_finished_spans()
         return [span for span in finished if name in (None, span.name)]
 
-    def one(self, name: str) -> ReadableSpan:
+    def only_span(self, name: str) -> ReadableSpan:
         """Return the only span of a name."""
         (span,) = self.spans(name)
         return span
@@ -45,15 +45,15 @@ class Traced:
 async def traced(model_store: Path) -> AsyncIterator[Traced]:
     exporter = InMemorySpanExporter()
     frontend = Tracing(exporter, "frontend", at_once=True)
-    back = Tracing(exporter, "engine-0", follow=True, at_once=True)
+    engine_tracing = Tracing(exporter, "engine-0", follow=True, at_once=True)
     async with service(
         model_store, models=["topics"], tracer_provider=frontend.provider
     ) as running:
-        running.core.spans = back.pass_spans()
+        running.core.spans = engine_tracing.pass_spans()
         exporter.clear()
         yield Traced(running, exporter)
     frontend.close()
-    back.close()
+    engine_tracing.close()
 
 
 def trace_of(span: ReadableSpan) -> str:
@@ -74,9 +74,9 @@ def linked(span: ReadableSpan) -> set[str]:
     return {format_span_id(link.context.span_id) for link in span.links}
 
 
-async def test_one_trace_leads_from_http_through_every_stage(traced: Traced) -> None:
+async def test_a_trace_has_a_span_for_every_stage(traced: Traced) -> None:
     await traced.service.answer(TEXT, heads=2)
-    request = traced.one("POST /classify")
+    request = traced.only_span("POST /classify")
     assert request.kind is SpanKind.SERVER
     stages = [span for span in traced.spans() if parent_of(span) == id_of(request)]
     assert sorted(span.name for span in stages) == [
@@ -88,9 +88,9 @@ async def test_one_trace_leads_from_http_through_every_stage(traced: Traced) -> 
     assert processes["compute"] == processes["queue"] == "engine-0"
 
 
-async def test_the_stages_of_a_trace_follow_each_other_within_the_request(traced: Traced) -> None:
+async def test_the_stages_are_consecutive_within_the_request(traced: Traced) -> None:
     await traced.service.answer(TEXT, heads=2)
-    request = traced.one("POST /classify")
+    request = traced.only_span("POST /classify")
     stages = [span for span in traced.spans() if parent_of(span) == id_of(request)]
     stages.sort(key=lambda span: (span.start_time or 0, span.end_time or 0))
     assert [span.name for span in stages] == ["tokenize", "budget", "queue", "compute"]
@@ -105,54 +105,54 @@ async def test_the_stages_of_a_trace_follow_each_other_within_the_request(traced
     assert moments[-1] <= request.end_time + slack
 
 
-async def test_budget_and_batch_size_are_attributes(traced: Traced) -> None:
+async def test_spans_have_budget_and_batch_size(traced: Traced) -> None:
     await traced.service.answer([TEXT, TEXT], heads=3)
-    compute = traced.one("compute").attributes or {}
+    compute = traced.only_span("compute").attributes or {}
     assert compute["budgetformer.budget"] == 3
     assert compute["budgetformer.items"] == 2
     assert compute["budgetformer.batch.items"] == 2
     assert compute["budgetformer.batch.budget"] == 3
     assert compute["budgetformer.model"] == "topics:2"
-    assert (traced.one("budget").attributes or {})["budgetformer.budget"] == 3
-    tokenize = traced.one("tokenize").attributes or {}
+    assert (traced.only_span("budget").attributes or {})["budgetformer.budget"] == 3
+    tokenize = traced.only_span("tokenize").attributes or {}
     assert tokenize["budgetformer.items"] == 2
     assert tokenize["budgetformer.tokens"] == compute["budgetformer.batch.tokens"]
 
 
-async def test_an_item_answered_at_step_0_is_not_computed(traced: Traced) -> None:
+async def test_an_item_answered_at_step_0_has_no_compute_span(traced: Traced) -> None:
     await traced.service.answer(TEXT, heads=0)
     assert not traced.spans("compute")
-    assert (traced.one("budget").attributes or {})["budgetformer.budget"] == 0
+    assert (traced.only_span("budget").attributes or {})["budgetformer.budget"] == 0
 
 
-async def test_a_second_look_is_a_second_wait_and_pass(traced: Traced) -> None:
+async def test_an_escalation_has_its_own_queue_and_compute_spans(traced: Traced) -> None:
     answers = [await traced.service.item(text, quality="best") for text in sentences("music")[:12]]
     escalated = [answer for answer in answers if answer["heads"]["used"] > 2 * 3]
     assert len(traced.spans("compute")) == len(answers) + len(escalated)
     assert len(traced.spans("queue")) == len(answers) + len(escalated)
 
 
-async def test_the_trace_of_the_caller_goes_on(traced: Traced) -> None:
+async def test_the_trace_of_the_caller_is_continued(traced: Traced) -> None:
     headers = {"traceparent": TRACEPARENT}
     await traced.service.client.post("/classify", json={"input": TEXT}, headers=headers)
-    request = traced.one("POST /classify")
+    request = traced.only_span("POST /classify")
     assert trace_of(request) == TRACE
     assert parent_of(request) == CALLER
-    assert trace_of(traced.one("budget")) == TRACE
+    assert trace_of(traced.only_span("budget")) == TRACE
 
 
-async def test_what_the_caller_does_not_record_is_not_recorded(traced: Traced) -> None:
+async def test_traces_that_the_caller_does_not_sample_are_not_recorded(traced: Traced) -> None:
     headers = {"traceparent": f"00-{TRACE}-{CALLER}-00"}
     await traced.service.client.post("/classify", json={"input": TEXT}, headers=headers)
     assert not traced.spans()
 
 
 @pytest.mark.parametrize("header", ["", "nonsense", f"ff-{TRACE}-{CALLER}-01", "00-0-0-01"])
-async def test_a_traceparent_that_is_none_begins_a_new_trace(traced: Traced, header: str) -> None:
+async def test_an_invalid_traceparent_starts_a_new_trace(traced: Traced, header: str) -> None:
     headers = {"traceparent": header}
     answer = await traced.service.client.post("/classify", json={"input": TEXT}, headers=headers)
     assert answer.status_code == 200
-    assert trace_of(traced.one("POST /classify")) != TRACE
+    assert trace_of(traced.only_span("POST /classify")) != TRACE
 
 
 async def test_a_batch_is_linked_to_every_request_in_it(traced: Traced) -> None:
@@ -164,10 +164,10 @@ async def test_a_batch_is_linked_to_every_request_in_it(traced: Traced) -> None:
     await asyncio.gather(first, *rest)
     batch = max(traced.spans("compute batch"), key=lambda span: len(span.links))
     assert (batch.attributes or {})["budgetformer.batch.requests"] == 3
-    riders = [span for span in traced.spans("compute") if linked(span) == {id_of(batch)}]
-    assert linked(batch) == {parent_of(span) for span in riders}
+    compute_spans = [span for span in traced.spans("compute") if linked(span) == {id_of(batch)}]
+    assert linked(batch) == {parent_of(span) for span in compute_spans}
     assert len(linked(batch)) == 3
-    assert trace_of(batch) not in {trace_of(span) for span in riders}
+    assert trace_of(batch) not in {trace_of(span) for span in compute_spans}
 
 
 async def test_probes_and_scrapes_are_not_traced(traced: Traced) -> None:
@@ -176,7 +176,7 @@ async def test_probes_and_scrapes_are_not_traced(traced: Traced) -> None:
     assert not traced.spans()
 
 
-async def test_no_span_holds_a_text(traced: Traced) -> None:
+async def test_no_span_contains_a_text(traced: Traced) -> None:
     secret = "xyzzy"
     await traced.service.ask(f"{secret} otter")
     await traced.service.ask([secret, 5])
@@ -186,17 +186,17 @@ async def test_no_span_holds_a_text(traced: Traced) -> None:
     assert secret not in "".join(span.to_json() for span in traced.spans())
 
 
-async def test_metrics_and_traces_name_each_other(traced: Traced) -> None:
+async def test_metrics_have_exemplars_with_the_trace(traced: Traced) -> None:
     await traced.service.answer(TEXT)
     headers = {"Accept": "application/openmetrics-text; version=1.0.0"}
     shown = (await traced.service.client.get("/metrics", headers=headers)).text
-    trace = trace_of(traced.one("POST /classify"))
+    trace = trace_of(traced.only_span("POST /classify"))
     named = [line.split("{")[0] for line in shown.splitlines() if f'trace_id="{trace}"' in line]
     assert "budgetformer_request_duration_seconds_bucket" in named
     assert "budgetformer_stage_duration_seconds_bucket" in named
 
 
-async def test_without_a_tracer_the_trace_of_the_caller_is_still_named(
+async def test_without_tracing_exemplars_have_the_trace_of_the_caller(
     model_store: Path,
 ) -> None:
     async with service(model_store, models=["topics"]) as plain:

@@ -1,4 +1,4 @@
-"""What the metrics say of engines that come, go and change."""
+"""Metrics of engines that start, stop and change."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def watch(metrics: Metrics, catalog: Catalog) -> EngineWatch:
     return EngineWatch(metrics, catalog, lambda _, level: level)
 
 
-def shown(metrics: Metrics) -> Exposition:
+def scrape(metrics: Metrics) -> Exposition:
     return Exposition(generate_latest(metrics.registry).decode())
 
 
@@ -44,42 +44,42 @@ def hello(pid: int) -> Hello:
     return Hello(PROTOCOL, pid, "cpu", "2", [])
 
 
-def test_queues_of_all_engines_are_added_up(metrics: Metrics, watch: EngineWatch) -> None:
+def test_queue_metrics_are_sums_over_engines(metrics: Metrics, watch: EngineWatch) -> None:
     watch(0, BEAT)
     watch(1, BEAT)
-    seen = shown(metrics)
-    assert seen.total("queue_items", model="topics") == 6
-    assert seen.total("queue_cost_seconds", model="topics") == 1.0
-    assert seen.total("in_flight_items", model="topics") == 8
-    assert seen.total("queue_oldest_age_seconds", model="topics") == 2.0
+    exposition = scrape(metrics)
+    assert exposition.total("queue_items", model="topics") == 6
+    assert exposition.total("queue_cost_seconds", model="topics") == 1.0
+    assert exposition.total("in_flight_items", model="topics") == 8
+    assert exposition.total("queue_oldest_age_seconds", model="topics") == 2.0
 
 
-def test_the_queue_of_an_engine_that_died_is_gone(metrics: Metrics, watch: EngineWatch) -> None:
+def test_the_queue_of_a_lost_engine_is_not_counted(metrics: Metrics, watch: EngineWatch) -> None:
     watch(0, BEAT)
     watch(1, BEAT)
     watch(0, Disconnected())
-    assert shown(metrics).total("queue_items") == 3
+    assert scrape(metrics).total("queue_items") == 3
     watch(1, Disconnected())
-    seen = shown(metrics)
+    exposition = scrape(metrics)
     for name in ("queue_items", "queue_cost_seconds", "queue_oldest_age_seconds"):
-        assert seen.total(name, model="topics") == 0
-    assert seen.total("device_memory_bytes") == 0
+        assert exposition.total(name, model="topics") == 0
+    assert exposition.total("device_memory_bytes") == 0
 
 
-def test_a_restart_is_another_process_under_the_same_index(
+def test_another_process_at_the_same_index_is_a_restart(
     metrics: Metrics, watch: EngineWatch
 ) -> None:
     for index, pid in ((0, 11), (1, 12), (0, 11), (0, 13)):
         watch(index, hello(pid))
-    assert shown(metrics).total("engine_restarts_total") == 1
+    assert scrape(metrics).total("engine_restarts_total") == 1
 
 
-def test_the_time_of_passes_is_the_time_that_a_device_is_busy(
+def test_the_busy_time_of_a_device_is_the_time_of_its_passes(
     metrics: Metrics, watch: EngineWatch
 ) -> None:
     watch(1, BatchReport("topics", 2, 1, 8, 80, 0.0, 0.25))
     watch(1, BatchReport("topics", 2, 0, 8, 80, 0.0, 0.05))
-    busy = shown(metrics).by("engine", "device_busy_seconds_total")
+    busy = scrape(metrics).by("engine", "device_busy_seconds_total")
     assert busy == {"1": pytest.approx(0.3)}
 
 
@@ -89,12 +89,12 @@ def test_clipped_states_are_counted_by_model_and_version(
     metrics.register_model("topics", "2", range(3))
     for clipped in (3, 4):
         watch(1, BatchReport("topics", 2, 1, 8, 80, 0.0, 0.25, checked=100, clipped=clipped))
-    seen = shown(metrics)
-    assert seen.total("int8_states_checked_total", model="topics", version="2") == 200
-    assert seen.total("int8_states_clipped_total", model="topics", version="2") == 7
+    exposition = scrape(metrics)
+    assert exposition.total("int8_states_checked_total", model="topics", version="2") == 200
+    assert exposition.total("int8_states_clipped_total", model="topics", version="2") == 7
 
 
-def test_an_engine_that_never_came_grows_silent(
+def test_the_heartbeat_age_grows_for_an_engine_that_never_connected(
     metrics: Metrics, watch: EngineWatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clients = [EngineClient(i, Path("nowhere"), watch) for i in range(2)]
@@ -102,18 +102,18 @@ def test_an_engine_that_never_came_grows_silent(
     clients[1].last_seen = now + 60
     monkeypatch.setattr(time, "monotonic", lambda: now + 61)
     watch.refresh(clients)
-    ages = shown(metrics).by("engine", "engine_heartbeat_age_seconds")
+    ages = scrape(metrics).by("engine", "engine_heartbeat_age_seconds")
     assert ages["0"] >= 61
     assert ages["1"] == pytest.approx(1)
 
 
-def test_an_engine_that_came_back_with_another_precision_is_described_once(
+def test_an_engine_restarted_with_another_precision_is_described_once(
     metrics: Metrics, watch: EngineWatch
 ) -> None:
     for dtype in ("float32", "bfloat16"):
         watch(0, hello(11))
         watch(0, Models([ModelInfo("topics", 2, 0.5, 100, dtype)]))
-    (info,) = shown(metrics).select("model_info")
+    (info,) = scrape(metrics).select("model_info")
     assert info.labels["dtype"] == "bfloat16"
 
 
@@ -121,13 +121,13 @@ def test_engines_of_two_precisions_are_both_described(metrics: Metrics, watch: E
     for index, dtype in enumerate(("float32", "bfloat16")):
         watch(index, hello(11 + index))
         watch(index, Models([ModelInfo("topics", 2, 0.5, 100, dtype)]))
-    assert {s.labels["dtype"] for s in shown(metrics).select("model_info")} == {
+    assert {s.labels["dtype"] for s in scrape(metrics).select("model_info")} == {
         "float32",
         "bfloat16",
     }
 
 
-def test_a_model_that_is_served_no_more_keeps_its_counters_and_is_described_no_more(
+def test_a_withdrawn_model_keeps_its_counters_but_not_its_description(
     metrics: Metrics, watch: EngineWatch, catalog: Catalog
 ) -> None:
     watch(0, hello(11))
@@ -135,13 +135,13 @@ def test_a_model_that_is_served_no_more_keeps_its_counters_and_is_described_no_m
     metrics.macs.labels("topics", "2").inc(5)
     catalog.withdraw("topics")
     watch.show_models()
-    seen = shown(metrics)
-    assert seen.total("macs_total", model="topics") == 5
+    exposition = scrape(metrics)
+    assert exposition.total("macs_total", model="topics") == 5
     for name in ("model_info", "model_load_seconds", "model_memory_bytes"):
-        assert not seen.select(name)
+        assert not exposition.select(name)
 
 
-def test_a_model_that_is_gone_is_not_brought_back_by_what_engines_say(
+def test_late_reports_of_engines_create_no_series_of_a_removed_model(
     metrics: Metrics, watch: EngineWatch, catalog: Catalog
 ) -> None:
     metrics.register_model("topics", "2", range(3))
@@ -154,4 +154,4 @@ def test_a_model_that_is_gone_is_not_brought_back_by_what_engines_say(
     watch(0, BEAT)
     watch(0, BatchReport("topics", 2, 1, 8, 80, 0.0, 0.25, dropped=3))
     assert 'model="' not in generate_latest(metrics.registry).decode()
-    assert shown(metrics).by("source", "dropped_reports_total") == {"engine": 3}
+    assert scrape(metrics).by("source", "dropped_reports_total") == {"engine": 3}

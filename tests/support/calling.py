@@ -1,4 +1,4 @@
-"""KServe's calls over gRPC: the server of an application, and Triton's client for it."""
+"""KServe over gRPC: the server of a running service, and Triton's client for it."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ SERVICE = "/inference.GRPCInferenceService"
 
 @dataclass
 class Calling:
-    """A gRPC server in this process, Triton's client, and a channel for what it cannot say."""
+    """A gRPC server in this process, Triton's client, and a channel for other messages."""
 
     server: InferenceServer
     triton: InferenceServerClient
     channel: grpc.aio.Channel
 
     async def send(self, method: str, message: bytes, **options: Any) -> bytes:
-        """Send an encoded message, which need not be one."""
+        """Send bytes, which need not be a valid message."""
         call = self.channel.unary_unary(method if "/" in method else f"{SERVICE}/{method}")
         answer: bytes = await call(message, **options)
         return answer
@@ -38,7 +38,7 @@ class Calling:
 
 @asynccontextmanager
 async def calling(running: Service) -> AsyncIterator[Calling]:
-    """Answer calls from the application of a service."""
+    """Serve a service over gRPC."""
     port = free_port()
     settings = running.app.state.shared.settings.model_copy(update={"grpc_port": port})
     server = InferenceServer(settings)
@@ -52,7 +52,7 @@ async def calling(running: Service) -> AsyncIterator[Calling]:
 
 
 def unlimited(address: str) -> grpc.aio.Channel:
-    """Return a channel that takes answers of any size."""
+    """Return a channel that accepts answers of any size."""
     return grpc.aio.insecure_channel(address, [("grpc.max_receive_message_length", -1)])
 
 
@@ -64,9 +64,9 @@ def texts_input(texts: Sequence[str], name: str = "text", flat: bool = False) ->
 
 def tensor(name: str, values: Any, datatype: str) -> InferInput:
     """Return an input with these values."""
-    made = InferInput(name, list(values.shape), datatype)
-    made.set_data_from_numpy(values)
-    return made
+    created = InferInput(name, list(values.shape), datatype)
+    created.set_data_from_numpy(values)
+    return created
 
 
 async def refused(asking: Any, status: str, match: str = "") -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Certificates that sign themselves."""
+"""Self-signed certificates."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.support.programs import program
 
 
 def make_certificate(folder: Path) -> Path:
-    """Make a certificate of its own for this host, chain.pem, and its key.pem, in a folder."""
+    """Write a self-signed certificate for this host, chain.pem, and its key.pem to a folder."""
     folder.mkdir(exist_ok=True)
     command = [
         program("openssl"), "req", "-x509", "-newkey", "ec", "-pkeyopt",

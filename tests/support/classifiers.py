@@ -79,7 +79,7 @@ CONFIGS: dict[str, list[dict[str, Any]]] = {
 
 
 def make(model_type: str, folder: Path, **sizes: Any) -> PreTrainedModel:
-    """Save a small random classifier of a family, all of whose weights say something."""
+    """Save a small random classifier of a family, none of whose weights are constant."""
     labels = {"id2label": dict(enumerate(LABELS)), "label2id": {n: i for i, n in enumerate(LABELS)}}
     config = AutoConfig.for_model(model_type, **labels | sizes)
     with torch.random.fork_rng(devices=[]), silence_transformers():

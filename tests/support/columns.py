@@ -1,4 +1,4 @@
-"""Columns of texts and of answers, for tests that play a part of the service."""
+"""Columns of texts and answers, for tests that replace a part of the service."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from service.ipc.answers import COLUMNS, Answers
 
 
 def texts_of(*ids: Sequence[int]) -> Texts:
-    """Return texts of which the encoder and step 0 read the same tokens."""
+    """Return texts with the same tokens for the encoder and step 0."""
     window = TokenColumns.of(ids)
     return Texts(window, window)
 
 
 def answers_to(count: int, **columns: Any) -> Answers:
-    """Return answers of two labels and three steps, step 1 where nothing else is said."""
+    """Return answers with two labels and three steps; the default is step 1."""
     kinds = {"logits": np.float32, "macs": np.int64, "dense_macs": np.int64, "ran": bool}
     values: dict[str, Any] = {
         "logits": [[0.0, 1.0]] * count,
@@ -37,7 +37,7 @@ def answers_to(count: int, **columns: Any) -> Answers:
 
 
 def rows(answers: Answers) -> list[dict[str, Any]]:
-    """Return what the answers say of each text, as plain values."""
+    """Return the answer to each text as plain values."""
     names = [name for name in COLUMNS if name != "ran"]
     return [
         {name: getattr(answers, name)[place].tolist() for name in names}

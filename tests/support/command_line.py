@@ -16,7 +16,7 @@ from service.cli import main
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command left: exit code and what it wrote."""
+    """The exit code and the output of a command."""
 
     code: int
     out: str
@@ -42,8 +42,8 @@ class CommandLine:
     def __call__(self, *arguments: Any, stdin: str = "") -> Outcome:
         """Run one command."""
         self.monkeypatch.setattr(sys, "argv", ["budgetformer", *map(str, arguments)])
-        given = io.TextIOWrapper(io.BytesIO(stdin.encode()))
-        self.monkeypatch.setattr(sys, "stdin", given)
+        stream = io.TextIOWrapper(io.BytesIO(stdin.encode()))
+        self.monkeypatch.setattr(sys, "stdin", stream)
         self.capsys.readouterr()
         with pytest.raises(SystemExit) as ending:
             main()
@@ -56,7 +56,7 @@ class CommandLine:
 def command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Iterator[CommandLine]:
-    """Return the command line, in an environment without settings that is put back afterwards."""
+    """Return the command line, in an environment without settings, which is restored afterwards."""
     before = dict(os.environ)
     for name in [name for name in os.environ if name.upper().startswith("BUDGETFORMER_")]:
         del os.environ[name]

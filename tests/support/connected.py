@@ -20,14 +20,14 @@ from service.telemetry.counts import Counts
 
 HEAD_BYTES = 4096
 EARLY = b"/early"
-"""How targets begin that are answered before the body is read."""
+"""The prefix of targets that are answered before the body is read."""
 
 
 class Wire(asyncio.Transport):
-    """A transport that keeps what is written.
+    """A transport that records what is written.
 
     Args:
-        half_closes: whether it can end its writing side alone, as TCP can and TLS cannot.
+        half_closes: whether the writing side alone can be closed, as with TCP but not TLS.
     """
 
     def __init__(self, half_closes: bool = True) -> None:
@@ -62,8 +62,8 @@ class Wire(asyncio.Transport):
         self.paused = False
 
 
-class _Breaks(Counts):
-    """Keeps why connections ended, in order."""
+class _RecordingCounts(Counts):
+    """Records why connections ended, in order."""
 
     def __init__(self, breaks: list[str]) -> None:
         super().__init__()
@@ -79,12 +79,12 @@ class Connected:
 
     Attributes:
         protocol: the server's side.
-        wire: between the two.
+        wire: the transport of the server.
         served: method, target and body of every request that the application has read, the body
             None where it answers without reading it; in the order of its answers.
         headers: those of every request, in the same order.
         breaks: why the connection was ended.
-        dialects: make the answers to requests that do not reach the application.
+        dialects: the formats of answers to requests that do not reach the application.
     """
 
     wire: Wire
@@ -93,12 +93,12 @@ class Connected:
     headers: list[list[tuple[bytes, bytes]]] = field(default_factory=list)
     breaks: list[str] = field(default_factory=list)
     hold: asyncio.Event | None = None
-    """Where given: no request is answered before it is set."""
+    """If given, no request is answered before it is set."""
     dialects: Dialects = field(default_factory=lambda: Dialects([]))
 
     def __post_init__(self) -> None:
         settings = Settings.model_construct(max_connections=5)
-        self.admission = Admission(settings, Engines([]), _Breaks(self.breaks))
+        self.admission = Admission(settings, Engines([]), _RecordingCounts(self.breaks))
         self.protocol = GuardedProtocol(
             limits=self.limits,
             admission=self.admission,
@@ -120,7 +120,7 @@ class Connected:
         return self.protocol.transport.is_closing()
 
     async def send(self, parts: Iterable[bytes]) -> None:
-        """Deliver what a client sends, part by part, as far as the server reads it."""
+        """Deliver the data of a client, part by part, as far as the server reads it."""
         for part in parts:
             while self.wire.paused and not self.wire.closed:
                 await asyncio.sleep(0)
@@ -131,7 +131,7 @@ class Connected:
         await self.settle()
 
     async def settle(self) -> None:
-        """Give the server as many turns as it needs to answer what it can answer."""
+        """Run the event loop until the server has answered every complete request."""
         for _ in range(6):
             await asyncio.sleep(0)
         while self.protocol.pipeline and not self.hold:
@@ -165,7 +165,7 @@ _CONFIG: list[Config] = []
 
 
 def _config(app: Any) -> Config:
-    """Return uvicorn's configuration; it is loaded once."""
+    """Return uvicorn's configuration, which is only loaded once."""
     if not _CONFIG:
         _CONFIG.append(Config(app, lifespan="off", log_config=None, access_log=False, ws="none"))
         _CONFIG[0].load()
@@ -180,7 +180,7 @@ def connected(
     held: bool = False,
     dialects: Dialects | None = None,
 ) -> Iterator[Connected]:
-    """Connect to the server; the connection is lost in the end."""
+    """Connect to the server; at the end the connection is lost."""
     connection = Connected(
         Wire(half_closes), server_state or ServerState(), dialects=dialects or Dialects([])
     )

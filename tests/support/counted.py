@@ -9,7 +9,7 @@ from service.telemetry.counts import Counts
 
 
 class Spent(NamedTuple):
-    """What one answered text took: its ladder step, heads, tokens and multiply-adds."""
+    """The cost of one answered text: its ladder step, heads, tokens and multiply-adds."""
 
     budget: int
     heads: int
@@ -19,7 +19,7 @@ class Spent(NamedTuple):
 
 
 def columns(texts: Iterable[Spent]) -> dict[str, list[int]]:
-    """Return the columns of some texts, by the names that `Counts.classified` gives them."""
+    """Return columns of texts, with the parameter names of `Counts.classified`."""
     names = ("budgets", *Spent._fields[1:])
     return {name: [text[at] for text in texts] for at, name in enumerate(names)}
 

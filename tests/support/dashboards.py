@@ -22,7 +22,7 @@ class Query:
     expression: str
 
     def filled(self, window: str, span: str) -> str:
-        """Return it as Grafana sends it with every model and version chosen."""
+        """Return the query as Grafana sends it for all models and versions."""
         filled = self.expression.replace("$__rate_interval", window).replace("$__range", span)
         for variable in ("$model", "$version", "$first", "$second"):
             filled = filled.replace(variable, ".*")
@@ -38,7 +38,7 @@ def read_board(name: str) -> dict[str, Any]:
 
 
 def queries() -> list[Query]:
-    """Return what every panel asks."""
+    """Return the queries of all panels."""
     return [
         Query(name, panel["title"], target["refId"], target["expr"])
         for name in MEASURING
@@ -48,7 +48,7 @@ def queries() -> list[Query]:
 
 
 def annotations() -> list[Query]:
-    """Return what the events on the dashboards are read from."""
+    """Return the queries of all annotations."""
     return [
         Query(name, event["name"], "event", event["expr"])
         for name in MEASURING

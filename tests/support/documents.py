@@ -15,7 +15,7 @@ TEXTS = [
     *sorted((ROOT / "docs").glob("*/**/*.md")),
     *sorted((ROOT / "model_store").glob("*/*/README.md")),
 ]
-"""Every document whose links are checked; the code of PAGES runs as well."""
+"""Every document whose links are checked; the code of PAGES is also run."""
 
 _FENCED = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 
@@ -33,7 +33,7 @@ class Block:
         return f"{self.page.relative_to(ROOT)}:{self.line}"
 
     def commands(self) -> list[list[str]]:
-        """Return the words of each shell command: no comments, lines that go on joined."""
+        """Return the words of each shell command, without comments, with continued lines joined."""
         joined = self.code.replace("\\\n", " ")
         split = (shlex.split(line, comments=True) for line in joined.splitlines())
         return [words for words in split if words]
@@ -55,12 +55,12 @@ def prose_of(page: Path) -> str:
 
 def links_of(page: Path) -> list[str]:
     """Return the targets of links and pictures."""
-    kept = _FENCED.sub("", page.read_text())
-    return re.findall(r"\]\(<?([^)\s>]+)>?\)", kept)
+    without_code = _FENCED.sub("", page.read_text())
+    return re.findall(r"\]\(<?([^)\s>]+)>?\)", without_code)
 
 
 def anchors_of(page: Path) -> set[str]:
-    """Return what a link to a heading of a page may name, as GitHub and MkDocs do."""
+    """Return the anchors of the headings of a page, as GitHub and MkDocs generate them."""
     found = re.findall(r"^#+ +(.+?) *$", _FENCED.sub("", page.read_text()), re.MULTILINE)
     plain = (re.sub(r"[^\w\s-]", "", heading).strip().lower() for heading in found)
     return {re.sub(r"\s+", "-", heading) for heading in plain}

@@ -20,7 +20,7 @@ class Sample:
 
 
 class Exposition:
-    """Everything that one scrape shows."""
+    """The samples of one scrape."""
 
     def __init__(self, text: str) -> None:
         families = list(text_string_to_metric_families(text))
@@ -32,12 +32,12 @@ class Exposition:
         ]
 
     def select(self, name: str, **labels: object) -> list[Sample]:
-        """Return the series of a name that carry all the given labels."""
+        """Return the series of a name with all the given labels."""
         wanted = {key: str(value) for key, value in labels.items()}
         return [s for s in self.samples if s.name == name and wanted.items() <= s.labels.items()]
 
     def total(self, name: str, **labels: object) -> float:
-        """Add up the series of a name that carry all the given labels; there must be one."""
+        """Return the sum of the series of a name with all the given labels, at least one."""
         found = self.select(name, **labels)
         assert found, f"no series {name} {labels}"
         return sum(sample.value for sample in found)
@@ -54,7 +54,7 @@ class Exposition:
         return _finite(float(s.labels["le"]) for s in self.select(f"{name}_bucket"))
 
     def minus(self, before: Exposition, name: str, **labels: object) -> float:
-        """Return by how much the sum of some series grew since an earlier scrape."""
+        """Return the increase of the sum of some series since an earlier scrape."""
         earlier = sum(sample.value for sample in before.select(name, **labels))
         return sum(sample.value for sample in self.select(name, **labels)) - earlier
 

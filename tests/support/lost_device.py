@@ -1,8 +1,8 @@
-"""`budgetformer serve`, where one engine loses its device in its first batch.
+"""`budgetformer serve`, in which one engine loses its device in its first batch.
 
-The first engine that computes a batch creates the file named by LOST_DEVICE; from then on all its
-passes fail as on a GPU after an illegal memory access, and so does the probe. Other engines, and
-the one that replaces it, compute.
+The first engine that computes a batch creates the file named by LOST_DEVICE. From then on its
+passes and its probe fail as on a GPU after an illegal memory access. Other engines work, and so
+does its replacement.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ ERROR = "CUDA error: an illegal memory access was encountered"
 
 
 def serve() -> None:
-    """Run the command line, with engines that come from this file."""
+    """Run the command line, with `engine` below in place of the usual engines."""
     from service.cli import main
     from service.control import supervisor
 

@@ -1,4 +1,4 @@
-"""Things that are almost right, from a seeded generator: a draw takes microseconds."""
+"""Almost valid inputs from a seeded generator that takes microseconds for each."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from random import Random
 from typing import Any
 
 INPUTS = int(os.environ.get("FUZZ_INPUTS", "200"))
-"""How many inputs the fuzzed tests of one target take together."""
+"""The number of inputs for all fuzz tests of one target together."""
 SEED = int(
     os.environ.get("FUZZ_SEED", secrets.randbelow(2**32) if "FUZZ_INPUTS" in os.environ else 0)
 )
-"""A few inputs are the same at every run; many are others at each, unless a seed is given."""
+"""The default inputs are the same in every run; with FUZZ_INPUTS they vary, unless seeded."""
 
 ODD: list[Any] = [
     None, True, False, 0, -1, 1, 2**31, 2**63, -(2**63) - 1, 1e308, 0.5, -0.0,
@@ -33,7 +33,7 @@ _BITS = [1, 4, 8, 16, 31, 32, 53, 63, 64, 65, 128]
 
 
 def fuzzed(share: float) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Run a test once for each of a share of its target's inputs, each with its own `random`."""
+    """Run a test for a share of the inputs of its target, each with its own `random`."""
 
     def decorate(test: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(test)
@@ -55,7 +55,7 @@ def fuzzed(share: float) -> Callable[[Callable[..., None]], Callable[..., None]]
 
 
 def text(random: Random, longest: int, surrogates: bool = True) -> str:
-    """Return a few characters, half of them of ASCII; half of a pair may be among them."""
+    """Return a few characters, about half of them ASCII, possibly with lone surrogates."""
     ranges = [*_CHARACTERS, _SURROGATES] if surrogates else _CHARACTERS
     return "".join(
         chr(random.randint(*random.choice(ranges))) for _ in range(random.randint(0, longest))
@@ -63,7 +63,7 @@ def text(random: Random, longest: int, surrogates: bool = True) -> str:
 
 
 def junk(random: Random, depth: int = 2, surrogates: bool = True) -> Any:
-    """Return some JSON value; it may be changed."""
+    """Return a random JSON value that the caller may change."""
     match random.randrange(8 if depth else 6):
         case 0 | 1 | 2:
             return copy.deepcopy(random.choice(ODD))
@@ -85,7 +85,7 @@ def junk(random: Random, depth: int = 2, surrogates: bool = True) -> Any:
 
 
 def mutated_bytes(random: Random, sample: bytes) -> bytes:
-    """Return a sample with a few of its parts changed, cut, doubled or moved."""
+    """Return a sample with a few of its bytes replaced, removed, repeated or truncated."""
     data = bytearray(sample)
     for _ in range(random.randint(1, 4)):
         start = random.randint(0, len(data))
@@ -105,7 +105,7 @@ def mutated_bytes(random: Random, sample: bytes) -> bytes:
 
 
 def mutated_json(random: Random, sample: Any) -> Any:
-    """Return a sample with a few of its values replaced, taken out, renamed or joined by others."""
+    """Return a sample with a few of its values replaced, removed or added."""
     value = copy.deepcopy(sample)
     for _ in range(random.randint(1, 3)):
         value = _mutate(random, value)

@@ -26,7 +26,9 @@ PROPERTY = settings(
     database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-"""How the library's property tests run: the same examples each time, however slow the machine."""
+"""Settings of property tests: the same examples in each run, without a time limit."""
+LARGE = {"hidden_size": 256, "intermediate_size": 2048, "num_attention_heads": 4}
+"""Sizes of a network that is large enough for a lower precision to be faster."""
 
 
 def small_config(**changes: Any) -> BudgetFormerConfig:
@@ -66,6 +68,23 @@ def random_network(
     return model
 
 
+def new_network(seed: int = 0, **changes: Any) -> BudgetFormerForSequenceClassification:
+    """Return an untrained network for the synthetic sentences of `tests.support.texts`."""
+    sizes: dict[str, Any] = {
+        "vocab_size": 150,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 32,
+        "max_position_embeddings": 16,
+        "controller_hidden_size": 4,
+        "num_labels": 3,
+        "initializer_range": 0.2,
+    }
+    torch.manual_seed(seed)
+    return BudgetFormerForSequenceClassification(BudgetFormerConfig(**sizes | changes))
+
+
 @dataclass(frozen=True)
 class Item:
     """Token ids of one input and their segment ids, of the same length."""
@@ -83,16 +102,25 @@ def pack(items: Sequence[Item]) -> PackedTokens:
 
 
 def pad(items: Sequence[Item]) -> dict[str, Tensor]:
-    """Pad items for the reference network; the padding holds no zeros, so that masks matter."""
+    """Pad items for the reference network; the padding is not zero, so that masks matter."""
     longest = max([1, *map(len, items)])
     ids = torch.full((len(items), longest), 7)
     segments = torch.ones_like(ids)
     mask = torch.zeros_like(ids)
-    for place, item in enumerate(items):
-        ids[place, : len(item)] = torch.tensor(item.ids, dtype=torch.long)
-        segments[place, : len(item)] = torch.tensor(item.segments, dtype=torch.long)
-        mask[place, : len(item)] = 1
+    for row, item in enumerate(items):
+        ids[row, : len(item)] = torch.tensor(item.ids, dtype=torch.long)
+        segments[row, : len(item)] = torch.tensor(item.segments, dtype=torch.long)
+        mask[row, : len(item)] = 1
     return {"input_ids": ids, "attention_mask": mask, "token_type_ids": segments}
+
+
+@torch.no_grad()
+def reference_logits(
+    network: BudgetFormerForSequenceClassification, items: Sequence[Item], **budget: Tensor | None
+) -> Tensor:
+    """Return the reference network's logits [B, C] for items, at its `steps` or `gates`."""
+    logits: Tensor = network(**pad(items), **budget).logits
+    return logits
 
 
 def gates_of(heads: Sequence[Sequence[Sequence[int]]], num_heads: int) -> Tensor:
@@ -108,14 +136,14 @@ def random_items(lengths: Sequence[int], seed: int = 0) -> list[Item]:
     return [
         Item(
             torch.randint(1, VOCABULARY, (length,), generator=random).tolist(),
-            [int(place * 2 >= length) for place in range(length)],
+            [int(position * 2 >= length) for position in range(length)],
         )
         for length in lengths
     ]
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
-    """Compare fp32 answers relative to the largest magnitude expected."""
+    """Compare float32 results relative to the largest expected magnitude."""
     assert actual.shape == expected.shape
     assert actual.isfinite().all()
     assert expected.isfinite().all()
@@ -183,20 +211,20 @@ def configs(draw: st.DrawFn, **fixed: Any) -> BudgetFormerConfig:
 
 @st.composite
 def positions(draw: st.DrawFn, layers: int) -> dict[str, Any]:
-    """Draw how a network of some layers takes places into account."""
+    """Draw the position settings of a network."""
     by_layer = st.lists(st.sampled_from([0, 1, 2, 3]), min_size=layers, max_size=layers)
     scheme = draw(st.sampled_from(["absolute", "bias", "disentangled", "rotary", "local"]))
-    found: dict[str, Any] = {"position_embeddings": scheme == "absolute" or draw(st.booleans())}
+    drawn: dict[str, Any] = {"position_embeddings": scheme == "absolute" or draw(st.booleans())}
     if scheme in ("rotary", "local"):
         bases = st.lists(st.sampled_from([10.0, 1000.0]), min_size=layers, max_size=layers)
-        found["rotary_bases"] = draw(bases)
+        drawn["rotary_bases"] = draw(bases)
     if scheme == "local":
-        found["windows"] = draw(by_layer)
+        drawn["windows"] = draw(by_layer)
     if scheme == "bias":
-        found |= {"relative_positions": scheme, "relative_buckets": 8, "relative_distance": 6}
+        drawn |= {"relative_positions": scheme, "relative_buckets": 8, "relative_distance": 6}
     if scheme == "disentangled":
         terms = draw(st.sampled_from([["c2p"], ["p2c"], ["c2p", "p2c"]]))
-        found |= {
+        drawn |= {
             "relative_positions": scheme,
             "relative_terms": terms,
             "relative_shares_maps": draw(st.booleans()),
@@ -204,7 +232,7 @@ def positions(draw: st.DrawFn, layers: int) -> dict[str, Any]:
             "relative_buckets": draw(st.sampled_from([0, 4])),
             "relative_distance": draw(st.sampled_from([5, 12])),
         }
-    return found
+    return drawn
 
 
 @st.composite
@@ -215,10 +243,10 @@ def networks(draw: st.DrawFn, **fixed: Any) -> BudgetFormerForSequenceClassifica
 
 @st.composite
 def items(draw: st.DrawFn, shortest: int = 0) -> Item:
-    """Draw a text or, where the segment changes on the way, a pair."""
+    """Draw a text, or a pair if there are two segments."""
     ids = draw(st.lists(st.integers(0, VOCABULARY - 1), min_size=shortest, max_size=POSITIONS))
     second = draw(st.integers(0, len(ids)))
-    return Item(ids, [int(place >= second) for place in range(len(ids))])
+    return Item(ids, [int(position >= second) for position in range(len(ids))])
 
 
 def batches(smallest: int = 1, largest: int = 5) -> st.SearchStrategy[list[Item]]:

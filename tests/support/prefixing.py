@@ -1,4 +1,4 @@
-"""A reverse proxy that serves another server under a path, which it strips or passes on."""
+"""A reverse proxy that serves another server under a path prefix."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from tests.support.scripted import in_thread
 
 @contextmanager
 def prefixing(url: str, prefix: str, strip: bool) -> Iterator[str]:
-    """Serve what is at `url` under a prefix; yield its URL there, without a slash at the end."""
+    """Serve `url` under a prefix, which is stripped or passed on; yield the new URL.
+
+    It has no slash at the end.
+    """
     target = urlsplit(url)
     assert target.hostname is not None
 
@@ -38,7 +41,7 @@ def prefixing(url: str, prefix: str, strip: bool) -> Iterator[str]:
                 if name.lower() not in ("transfer-encoding", "content-length", "connection"):
                     self.send_header(name, value)
             self.send_header("Content-Length", str(len(content)))
-            with suppress(ConnectionError):  # a page that is left gives up what it still loads
+            with suppress(ConnectionError):  # a browser that leaves a page cancels its downloads
                 self.end_headers()
                 self.wfile.write(content)
 

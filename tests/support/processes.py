@@ -23,7 +23,7 @@ COMMAND = (sys.executable, "-P", "-c", "from service.cli import main; main()", "
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on."""
+    """Return a free port."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         return int(taken.getsockname()[1])
@@ -40,8 +40,7 @@ def clean_environment() -> dict[str, str]:
 class Server:
     """A server and all its processes.
 
-    `url` is where it is probed, `address` where callers ask: elsewhere, if probes have a port of
-    their own.
+    `url` is for probes and `address` for callers; they differ if probes have a separate port.
     """
 
     process: subprocess.Popen[bytes]
@@ -51,7 +50,7 @@ class Server:
 
     @property
     def children(self) -> list[psutil.Process]:
-        """The processes of this server, the supervisor left out."""
+        """The processes of this server without the supervisor."""
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def engines(self) -> dict[int, int]:
@@ -79,13 +78,13 @@ class Server:
         return Exposition(httpx.get(f"{self.url}/metrics", timeout=30).text)
 
     def wait_ready(self, engines: int) -> None:
-        """Return when every engine is there and can classify."""
+        """Wait until the server is ready and has this number of engines."""
 
-        def all_there() -> bool:
+        def all_ready() -> bool:
             assert self.process.poll() is None, self.log.read_text()
             return self.ready() and len(self.engines()) == engines
 
-        wait_until(all_there, "readiness of the server", START_PATIENCE)
+        wait_until(all_ready, "readiness of the server", START_PATIENCE)
 
     def terminate(self) -> int:
         """Ask it to stop, and return its exit code."""
@@ -105,7 +104,7 @@ def server(
     cwd: Path | None = None,
     **options: str,
 ) -> Iterator[Server]:
-    """Run a server, ready for requests; whatever is left of it afterwards is killed."""
+    """Run a server until it is ready; processes left afterwards are killed."""
     port = free_port()
     log = folder / "server.log"
     flags = {"port": port, "model_store": store, "engines": engines, "log_format": "json"}

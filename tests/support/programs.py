@@ -1,4 +1,4 @@
-"""Programs that tests run if they are there."""
+"""External programs that tests run if they are installed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 
 def program(name: str) -> str:
-    """Return where a program lies; without it the test is skipped."""
+    """Return the path of a program, or skip the test if it is not installed."""
     found = shutil.which(name)
     if found is None:
         pytest.skip(f"needs {name}, which is not installed")

@@ -1,4 +1,4 @@
-"""A real, tiny HTTP server that answers what a test tells it to."""
+"""A small HTTP server whose answers a test provides."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class Reply:
 
 
 def refusal(status: int, code: str, retry_after: str | None = None) -> Reply:
-    """Return an error of the service's shape."""
+    """Return an error in the format of the service."""
     error = {"message": f"{code} at input[1]", "type": "x", "param": "input[1]", "code": code}
     headers = {} if retry_after is None else {"Retry-After": retry_after}
     return Reply(status, {"error": error}, headers)
 
 
 def answer(texts: list[Any]) -> Reply:
-    """Return an answer whose label is the text itself; the text "broken" fails alone."""
+    """Return an answer whose labels are the texts; the text "broken" has an error."""
     data = [_item(index, text) for index, text in enumerate(texts)]
     return Reply(200, {"model": "echo:1", "data": data})
 
@@ -64,7 +64,7 @@ def _item(index: int, text: Any) -> dict[str, Any]:
 
 @dataclass
 class Scripted:
-    """The server: what it was asked, and over how many connections."""
+    """The server, with the bodies and connections of the requests that it got."""
 
     url: str
     bodies: list[dict[str, Any]]
@@ -73,7 +73,7 @@ class Scripted:
 
 @contextmanager
 def scripted(reply: Callable[[int, dict[str, Any]], Reply]) -> Iterator[Scripted]:
-    """Serve what `reply` says to request number n (from 0) with this body."""
+    """Answer requests with `reply(number, body)`; numbers start at 0."""
     seen = Scripted("", [], set())
     lock = Lock()
 
@@ -87,13 +87,13 @@ def scripted(reply: Callable[[int, dict[str, Any]], Reply]) -> Iterator[Scripted
                 number = len(seen.bodies)
                 seen.bodies.append(body)
                 seen.connections.add(self.client_address)
-            told = reply(number, body)
-            if not told.status:
+            chosen = reply(number, body)
+            if not chosen.status:
                 self.close_connection = True
                 return
-            content = json.dumps(told.body).encode()
-            self.send_response(told.status)
-            for name, value in (told.headers | {"X-Request-Id": f"request-{number}"}).items():
+            content = json.dumps(chosen.body).encode()
+            self.send_response(chosen.status)
+            for name, value in (chosen.headers | {"X-Request-Id": f"request-{number}"}).items():
                 self.send_header(name, value)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()

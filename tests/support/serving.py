@@ -1,4 +1,4 @@
-"""The whole service in one event loop: application, engines, and sockets between them."""
+"""The whole service in one event loop: frontends, engines and hub, connected by sockets."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Service:
 def error_of(
     response: httpx.Response, status: int, code: str | None = None, param: str | None = None
 ) -> dict[str, Any]:
-    """Check that an answer is an error of the one shape, and return its object."""
+    """Check that an answer is an error in the service's format, and return its object."""
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/json"
     body = response.json()
@@ -163,12 +163,12 @@ async def service(
         cores = [
             await stack.enter_async_context(engine(socket, options)) for socket in sockets[:engines]
         ]
-        meeting = hub_socket(folder)
-        its_hub = await stack.enter_async_context(hub(Settings(**chosen), sockets, meeting))
+        hub_path = hub_socket(folder)
+        running_hub = await stack.enter_async_context(hub(Settings(**chosen), sockets, hub_path))
         apps, clients = [], []
         for _ in range(fronts):
             app = await stack.enter_async_context(
-                application(Settings(**chosen), sockets, meeting, tracer_provider)
+                application(Settings(**chosen), sockets, hub_path, tracer_provider)
             )
             transport = httpx.ASGITransport(app, raise_app_exceptions=False)
             apps.append(app)
@@ -177,7 +177,7 @@ async def service(
                     httpx.AsyncClient(transport=transport, base_url="http://service", timeout=60)
                 )
             )
-        running = Service(apps[0], clients[0], cores, its_hub, clients[1:], folder)
+        running = Service(apps[0], clients[0], cores, running_hub, clients[1:], folder)
         if wait and engines:
             await until(running.ready, "readiness")
             await until(lambda: _all_loaded(running), "every model in every engine")
@@ -186,7 +186,7 @@ async def service(
 
 @asynccontextmanager
 async def job_process(running: Service) -> AsyncIterator[None]:
-    """Run what the process that runs jobs does."""
+    """Run the process for jobs in this event loop."""
     settings: Settings = running.app.state.shared.settings
     known = settings.model_copy(update={"engines": len(running.cores)})
     process = JobProcess(known, running.run_dir)
@@ -208,7 +208,7 @@ def _all_loaded(running: Service) -> bool:
 
 @contextmanager
 def held(core: EngineCore) -> Iterator[None]:
-    """Let whatever the engine's device does take as long as this block."""
+    """Let the device of an engine finish nothing before the end of this block."""
     gate = threading.Event()
 
     def wait() -> None:
@@ -238,7 +238,7 @@ def _before(network: PackedPass, act: Callable[[], None]) -> Iterator[None]:
 
 @contextmanager
 def poison(network: PackedPass, tokens: int, how: str) -> Iterator[None]:
-    """Let every item of exactly so many tokens fail: by an exception, or by answering NaN."""
+    """Let every item with this number of tokens fail, by an exception or by NaN."""
     run = network.run
 
     def poisoned(packed: PackedTokens, *arguments: Any) -> PassResult:

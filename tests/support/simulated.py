@@ -1,4 +1,4 @@
-"""Small worlds to simulate."""
+"""Models, texts and servers for tests of the simulation."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def model(*steps: StepCost) -> SimModel:
 
 
 def text(*steps: int, tokens: int = 100, fast: Sequence[int] | None = None) -> Text:
-    """Return a text that runs these steps, at `fast` perhaps others."""
+    """Return a text that runs these steps, or `fast` at that level if given."""
     levels = dict.fromkeys(QUALITY_NAMES, tuple(steps))
     return Text(tokens, levels if fast is None else levels | {"fast": tuple(fast)}, tokens)
 
 
 def settings(**chosen: Any) -> Settings:
-    """Return settings of a server with one engine and no hurry."""
+    """Return settings of a server with one engine and very long deadlines."""
     endless = {"timeout_ms": 10**8, "max_timeout_ms": 10**8}
     return Settings(**{"engines": 1, "quality": "balanced"} | endless | chosen)
 
@@ -43,12 +43,12 @@ def settings(**chosen: Any) -> Settings:
 def server(
     model: SimModel, costs: ServerCosts, cores: int = 1, **chosen: Any
 ) -> tuple[SimServer, Records]:
-    """Return a server and where it records."""
+    """Return a server and its records."""
     records = Records()
     return SimServer(model, settings(**chosen), cores, costs, records), records
 
 
 def fleet(model: SimModel, *texts: Text, cores: int = 1, **more: Any) -> Fleet:
-    """Return a fleet; `settings` and what else `Fleet` takes."""
+    """Return a fleet; `more` are further arguments of `Fleet`."""
     own = {"settings": settings(), "costs": NOTHING} | more
     return Fleet(model, Population(texts), cores=cores, **own)

@@ -1,4 +1,4 @@
-"""A hub that stops, or is slow."""
+"""A hub that stops reading or does not answer scrapes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from service.ipc.control_messages import (
 
 
 class StalledHub:
-    """A hub that reads only while it is told to, and answers scrapes unless it is slow."""
+    """A hub that reads only while `reads` is set, and answers scrapes unless it is slow."""
 
     def __init__(self, slow: bool = False) -> None:
         self.slow = slow

@@ -1,4 +1,4 @@
-"""A real, tiny model store, trained once per test session on sentences made from templates."""
+"""A small model store, trained once per test session on sentences from templates."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ LABELS = ("animals", "music", "weather")
 LAYERS, HEADS = 2, 4
 MAX_TOKENS, EXIT_TOKENS = 32, 256
 TOPICS, TAGS, PAIRS, PICKY = "topics", "tags", "pairs", "picky"
-"""Single-label (versions 1 and 2), multi-label, text pairs; PICKY has no step 0, heads by input."""
+"""Single-label (2 versions), multi-label, text pairs; PICKY: no step 0, heads selected by input."""
 CHAINED = "chained"
-"""The network of TOPICS, version 2, with a policy: a chain of several steps."""
+"""The network of version 2 of TOPICS, with a policy for a chain of several steps."""
 CHAIN = (0, 1, 2)
 
 _WORDS = {
@@ -90,7 +90,7 @@ def sentences(label: str) -> list[str]:
 
 
 def labelled_sentences() -> list[tuple[str, str]]:
-    """Return all sentences with their class, the classes taking turns."""
+    """Return all sentences with their class, with alternating classes."""
     return [
         (text, label)
         for group in zip(*map(sentences, LABELS), strict=True)
@@ -155,10 +155,10 @@ def train(output: Path, rows: list[dict[str, Any]], **recipe: Any) -> None:
 
 
 def calibrate_by_hand(path: Path) -> None:
-    """Give a checkpoint levels of known form: an exit, an exit with a second look, bands with one.
+    """Give a checkpoint known levels: an exit, an exit with escalation, bands with escalation.
 
-    Thresholds are medians, so that about half of the sentences go either way; the figures of
-    accuracy and cost are made up, and only in order.
+    Thresholds are medians, so that each separates about half of the sentences. The figures of
+    accuracy and cost are invented, in the right order.
     """
     classifier = Classifier(path)
     texts = [text for text, _ in labelled_sentences()]
@@ -180,14 +180,14 @@ def calibrate_by_hand(path: Path) -> None:
             {
                 "name": name,
                 "entry": [{"upto": upto, "step": step} for upto, step in bands],
-                "escalation": look and {"below": look[0], "step": look[1]},
+                "escalation": escalation and {"below": escalation[0], "step": escalation[1]},
                 "accuracy": 0.9 - lost / 100,
                 "points_lost": lost,
                 "macs_share": share,
                 "mean_heads": share * LAYERS * HEADS,
             }
         )
-        for name, bands, look, lost, share in levels
+        for name, bands, escalation, lost, share in levels
     ]
     manifest = read_checkpoint(path).manifest
     write_manifest(
@@ -196,12 +196,13 @@ def calibrate_by_hand(path: Path) -> None:
 
 
 def chain_by_hand(path: Path) -> None:
-    """Give a checkpoint a policy: a chain of three steps, f_o's bands over it, and four levels.
+    """Give a checkpoint a policy: a chain of three steps, bands of f_o for it, and four levels.
 
-    Thresholds are quantiles of step 0's confidence, so that the lower levels end some sentences
-    there; that of `best` is the median of step 1's, so that some run the whole chain. Step 0 is
-    damped, or it would be certain of every sentence and no step more confident. Where the sentences
-    end is counted; the other figures are made up, and only in order.
+    Thresholds are quantiles of the confidence of step 0, so that some sentences end there at the
+    lower levels; that of `best` is the median for step 1, so that some run the whole chain. The
+    outputs of step 0 are scaled down, because it would otherwise be certain of every sentence.
+    The final steps of the sentences are counted; the other figures are invented, in the right
+    order.
     """
     weights = load_file(path / "model.safetensors")
     for name in ("exit_head.scale", "exit_head.bias"):
@@ -212,10 +213,14 @@ def chain_by_hand(path: Path) -> None:
     texts = [text for text, _ in labelled_sentences()]
     everyone = BudgetRule(num_steps=HEADS, chain=CHAIN, level=_level(1.0))
     tokens = Texts.of(classifier.encoder.encode(texts))
-    found = Items(classifier.network, tokens, everyone)
-    cascade.decide(classifier.network, Batch([Part(found, list(range(len(found))))]))
-    verdict = median(found.s.tolist())
-    confident = confidence(torch.from_numpy(found.exit_logits), "single_label_classification")
+    items_at_step_0 = Items(classifier.network, tokens, everyone)
+    cascade.decide(
+        classifier.network, Batch([Part(items_at_step_0, list(range(len(items_at_step_0))))])
+    )
+    verdict = median(items_at_step_0.s.tolist())
+    confident = confidence(
+        torch.from_numpy(items_at_step_0.exit_logits), "single_label_classification"
+    )
     entry = (EntryBand(upto=verdict, step=1), EntryBand(upto=1, step=2))
     levels = []
     of_step_1 = median(prediction.score for prediction in classifier(texts, heads=1))
@@ -255,11 +260,11 @@ PANICS = {
     "type": "BPE", "vocab": {"a": 0, "aa": 1}, "merges": [["a", "a"]],
     "continuing_subword_prefix": "####",
 }  # fmt: skip
-"""A tokenizer's model at which the Rust library panics as it reads it."""
+"""The model of a tokenizer that makes the Rust library panic when it is read."""
 
 
 def sign(folder: Path) -> None:
-    """Let the manifest vouch for whatever is there."""
+    """Write the hashes of the present files to the manifest."""
     manifest = Manifest.model_validate_json((folder / "manifest.json").read_bytes())
     write_manifest(folder, manifest.model_copy(update={"files": file_entries(folder)}))
 
@@ -281,7 +286,7 @@ def _trained(root: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def model_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a model store that tests read only."""
+    """Return a model store that tests must not change."""
     root = tmp_path_factory.getbasetemp() / "trained"
     root.mkdir(exist_ok=True)
     return _trained(root)

@@ -1,6 +1,6 @@
-"""A strict reading of HTTP/1 by RFC 9112, to hold a server against, and its answers read back.
+"""A strict parser of HTTP/1 requests by RFC 9112, as a reference, and a parser of answers.
 
-`requests_in` is slow, small and of one piece, so that it can be checked by reading it.
+`requests_in` is slow but short, so that it can be checked by reading it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ METHODS = frozenset(
 )
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _QUOTED = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
-# RFC 9112, section 3, lets a server take several spaces for one in this line.
+# RFC 9112, section 3, allows a server to accept several spaces as one in this line.
 _LINE = re.compile(rb"(" + _TOKEN + rb") +([!-~]+) +HTTP/(1\.[01])")
 _FIELD = re.compile(rb"(" + _TOKEN + rb"):[ \t]*([\t -~\x80-\xff]*?)[ \t]*")
-# A value may be empty here: it frames nothing.
+# A value may be empty, as it has no effect on the framing.
 _VALUE = rb"(?:[ \t]*=[ \t]*(?:" + _TOKEN + rb"|" + _QUOTED + rb")?)?"
 _EXTENSION = rb"[ \t]*;[ \t]*" + _TOKEN + _VALUE
 _CHUNK = re.compile(rb"([0-9A-Fa-f]+)((?:" + _EXTENSION + rb")*)")
@@ -31,11 +31,11 @@ _TARGET = re.compile(
 
 @dataclass(frozen=True)
 class Request:
-    """A request as the strict reader sees it.
+    """A request as the strict parser reads it.
 
     `target` is a path and a query. `may_be_refused` is why a server may be stricter: an unknown
-    method, an odd target, white space around a chunk's extension, or a trailer that would frame a
-    message.
+    method, an unusual target, white space around the extension of a chunk, or a trailer that
+    would frame a message.
     """
 
     method: bytes
@@ -46,11 +46,11 @@ class Request:
 
 @dataclass
 class Reading:
-    """What a stream of bytes says.
+    """The requests in a stream of bytes.
 
     `end` is what follows the requests: nothing or an incomplete request ("open"), an error, or the
-    end of the connection that the last request asks for ("close"). `begun` is the head of the
-    request that is incomplete or malformed, if its head is neither.
+    end of the connection that the last request asks for ("close"). `begun` is the valid head of a
+    request whose body is incomplete or malformed.
     """
 
     requests: list[Request] = field(default_factory=list)
@@ -72,12 +72,12 @@ def requests_in(stream: bytes) -> Reading:
     rest = stream
     while reading.end == "open":
         try:
-            # Empty lines before a request carry nothing, whatever ends them.
+            # Empty lines before a request are ignored, with any line ends.
             rest = _read_request(rest.lstrip(b"\r\n"), reading)
         except _IncompleteError:
             return reading
         except _MalformedError:
-            # A server may wait for the end of a head before it looks at it.
+            # A server may wait for the end of a head before it checks it.
             whole = reading.begun is not None or b"\r\n\r\n" in rest.lstrip(b"\r\n")
             reading.end = "error" if whole else "open"
             return reading
@@ -86,10 +86,10 @@ def requests_in(stream: bytes) -> Reading:
 
 def _read_request(stream: bytes, reading: Reading) -> bytes:
     line, rest = _line(stream)
-    fits = _LINE.fullmatch(line)
-    if fits is None:
+    match = _LINE.fullmatch(line)
+    if match is None:
         raise _MalformedError
-    method, target, version = fits.groups()
+    method, target, version = match.groups()
     fields, rest = _fields(rest)
     named = [name for name, _ in fields]
     if named.count(b"host") > 1 or (version == b"1.1" and b"host" not in named):
@@ -104,19 +104,19 @@ def _read_request(stream: bytes, reading: Reading) -> bytes:
         raise _MalformedError
     if lengths and (len(lengths) > 1 or not lengths[0].isdigit() or int(lengths[0]) >= 2**64):
         raise _MalformedError
-    odd = "" if method in METHODS else "unknown method"
-    place = _TARGET.fullmatch(target)
-    if place is None or place["fragment"] or place["port"]:
-        odd = "odd target"
-    if place is not None:
-        target = place["path"]
-    reading.begun = Request(method, target, b"", odd)
+    may_be_refused_because = "" if method in METHODS else "unknown method"
+    parts = _TARGET.fullmatch(target)
+    if parts is None or parts["fragment"] or parts["port"]:
+        may_be_refused_because = "may_be_refused_because target"
+    if parts is not None:
+        target = parts["path"]
+    reading.begun = Request(method, target, b"", may_be_refused_because)
     if codings:
         body, trailers, spaces, rest = _chunks(rest)
         if spaces:
-            odd = "white space in a chunk's extension"
+            may_be_refused_because = "white space in a chunk's extension"
         if {b"content-length", b"transfer-encoding"} & {name for name, _ in trailers}:
-            odd = "framing trailer"
+            may_be_refused_because = "framing trailer"
         fields += trailers
     else:
         size = int(lengths[0]) if lengths else 0
@@ -124,7 +124,7 @@ def _read_request(stream: bytes, reading: Reading) -> bytes:
             raise _IncompleteError
         body, rest = rest[:size], rest[size:]
     reading.begun = None
-    reading.requests.append(Request(method, target, body, odd))
+    reading.requests.append(Request(method, target, body, may_be_refused_because))
     options = b",".join(value for name, value in fields if name == b"connection").lower()
     if version == b"1.0" or b"close" in map(bytes.strip, options.split(b",")):
         reading.end = "close"
@@ -144,21 +144,21 @@ def _fields(stream: bytes) -> tuple[list[tuple[bytes, bytes]], bytes]:
         line, stream = _line(stream)
         if not line:
             return fields, stream
-        fits = _FIELD.fullmatch(line)
-        if fits is None:
+        match = _FIELD.fullmatch(line)
+        if match is None:
             raise _MalformedError
-        fields.append((fits[1].lower(), fits[2]))
+        fields.append((match[1].lower(), match[2]))
 
 
 def _chunks(stream: bytes) -> tuple[bytes, list[tuple[bytes, bytes]], bool, bytes]:
     body, spaces = b"", False
     while True:
         line, stream = _line(stream)
-        fits = _CHUNK.fullmatch(line)
-        if fits is None or int(fits[1], 16) >= 2**64:
+        match = _CHUNK.fullmatch(line)
+        if match is None or int(match[1], 16) >= 2**64:
             raise _MalformedError
-        spaces |= bool(re.search(rb"[ \t]", re.sub(_QUOTED, b"", fits[2])))
-        size = int(fits[1], 16)
+        spaces |= bool(re.search(rb"[ \t]", re.sub(_QUOTED, b"", match[2])))
+        size = int(match[1], 16)
         if size == 0:
             trailers, stream = _fields(stream)
             return body, trailers, spaces, stream
@@ -173,7 +173,7 @@ def _chunks(stream: bytes) -> tuple[bytes, list[tuple[bytes, bytes]], bool, byte
 class Answer:
     """An answer of a server.
 
-    `closes` is whether it says that it is the last, `number` which one it is by its application.
+    `closes`: whether it announces the end of the connection; `number`: that of the application.
     """
 
     status: int
@@ -184,16 +184,16 @@ class Answer:
 def answers_in(stream: bytes, methods: list[bytes]) -> list[Answer]:
     """Read the answers to requests with these methods; the stream must end with one.
 
-    Every answer has a Content-Length; interim ones are left out.
+    Every answer must have a Content-Length; interim ones are omitted.
     """
     answers: list[Answer] = []
     while stream:
         head, end, stream = stream.partition(b"\r\n\r\n")
         assert end, head
         first, *lines = head.split(b"\r\n")
-        fits = re.fullmatch(rb"HTTP/1\.1 (\d\d\d) [ -~]*", first)
-        assert fits, first
-        if fits[1] == b"100":
+        match = re.fullmatch(rb"HTTP/1\.1 (\d\d\d) [ -~]*", first)
+        assert match, first
+        if match[1] == b"100":
             continue
         fields = dict(line.lower().split(b": ", 1) for line in lines)
         bare = methods[len(answers) : len(answers) + 1] == [b"HEAD"]
@@ -201,6 +201,6 @@ def answers_in(stream: bytes, methods: list[bytes]) -> list[Answer]:
         assert len(stream) >= size
         closes = fields.get(b"connection") == b"close"
         number = int(fields[b"x-answer"]) if b"x-answer" in fields else None
-        answers.append(Answer(int(fits[1]), closes, number))
+        answers.append(Answer(int(match[1]), closes, number))
         stream = stream[size:]
     return answers

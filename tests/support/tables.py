@@ -1,4 +1,4 @@
-"""Tables of strings, written in every format that is read."""
+"""Tables of strings, written in every supported format."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def csv_text(records: Records, end: str) -> str:
 
 
 def write(path: Path, records: Records, *, end: str = "\n", bom: bool = False) -> Path:
-    """Write records of strings in the format that the path names."""
+    """Write records of strings in the format of the suffix of the path."""
     if path.suffix == ".parquet":
         parquet.write_table(pa.Table.from_pylist(records), path, row_group_size=3)
         return path

@@ -39,7 +39,7 @@ def sentences(topic: str) -> list[str]:
 
 
 def topic_examples() -> Examples:
-    """Return 144 sentences labelled with their topic, the topics taking turns."""
+    """Return 144 sentences labelled with their topic, with alternating topics."""
     names = list(TOPICS)
     rows = [
         (s, i) for group in zip(*map(sentences, names), strict=True) for i, s in enumerate(group)
@@ -53,9 +53,10 @@ def small_tokenizer() -> Tokenizer:
 
 
 def tokenizer_for(texts: Iterable[str]) -> Tokenizer:
-    """Build a WordPiece tokenizer that knows the words of some texts, long ones in two pieces.
+    """Build a WordPiece tokenizer for the words of some texts, with long words in two pieces.
 
-    Training one breaks ties anew in every process: no two runs would train the same network.
+    It is not trained, because training breaks ties differently in every process, so that no two
+    runs would train the same network.
     """
     words = sorted({word for text in texts for word in re.findall("[a-z]+", text.lower())})
     letters = sorted(set("".join(words)))

@@ -1,4 +1,7 @@
-"""Train a small network in the processes that `torchrun` started, and save its weights."""
+"""Train a small network in the processes that `torchrun` started, and save its weights.
+
+Run as a module by the tests of training in several processes.
+"""
 
 from __future__ import annotations
 
@@ -10,35 +13,23 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from budgetformer.model.configuration import BudgetFormerConfig
-from budgetformer.model.modeling import BudgetFormerForSequenceClassification
 from budgetformer.training.data import TokenizedTexts
 from budgetformer.training.processes import join_processes
 from budgetformer.training.recipe import Recipe
 from budgetformer.training.trainer import Trainer
+from tests.support.networks import new_network
 from tests.support.texts import topic_examples
 
-SIZES = {
-    "vocab_size": 150,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 32,
-    "max_position_embeddings": 16,
-    "num_labels": 3,
-    "initializer_range": 0.2,
-    # Its noise would be another for each part of a batch.
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-}
+# The noise of dropout would differ between the parts of a batch.
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 RECIPE = Recipe(max_length=16, batch_size=12, learning_rate=1e-3, ladder="importance")
 
 
 def train(folder: Path, tokenizer: Path) -> dict[str, Tensor]:
-    """Train with a last batch of one text, which has no part for a second process."""
+    """Train and return the weights; the last batch has one text, so none for a second process."""
     processes, device = join_processes(torch.device("cpu"))
-    torch.manual_seed(processes.index)  # the processes agree on the first one's weights
-    model = BudgetFormerForSequenceClassification(BudgetFormerConfig(**SIZES))
+    # Each process begins with other weights; training uses those of the first process.
+    model = new_network(seed=processes.index, **NO_DROPOUT)
     examples = topic_examples().subset(range(49))
     tokens = TokenizedTexts(Tokenizer.from_file(str(tokenizer)), examples.texts, None, 16)
     Trainer(

@@ -1,4 +1,4 @@
-"""Wait for what will become true: the one place where tests poll."""
+"""Wait for conditions; the only place where tests poll."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ INTERVAL = 0.02
 
 
 class NeverTrueError(AssertionError):
-    """What was waited for did not become true in time."""
+    """A condition did not become true in time."""
 
 
 def wait_until(check: Callable[[], bool], what: str, patience: float = PATIENCE) -> None:
-    """Return as soon as `check` holds."""
+    """Wait until `check` is true."""
     limit = time.monotonic() + patience
     while not check():
         if time.monotonic() > limit:
@@ -27,7 +27,7 @@ def wait_until(check: Callable[[], bool], what: str, patience: float = PATIENCE)
 async def until(
     check: Callable[[], bool | Awaitable[bool]], what: str, patience: float = PATIENCE
 ) -> None:
-    """Return as soon as `check` holds, and let the event loop run meanwhile."""
+    """Wait until `check` is true while the event loop runs."""
     limit = time.monotonic() + patience
     while True:
         outcome = check()

@@ -1,4 +1,4 @@
-"""What docker-compose.yml promises of its containers."""
+"""docker-compose.yml: versions, privileges, ports, volumes and secrets of its containers."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ each = pytest.mark.parametrize("name", SERVICES)
 
 
 @each
-def test_an_image_has_an_exact_version(name: str) -> None:
+def test_images_have_exact_versions(name: str) -> None:
     tag = SERVICES[name]["image"].rpartition(":")[2]
     assert tag == "local" or re.fullmatch(r"v?\d+\.\d+\.\d+", tag)
 
 
 @each
-def test_a_container_can_do_little(name: str) -> None:
+def test_containers_have_few_privileges_and_limits(name: str) -> None:
     service = SERVICES[name]
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
@@ -37,17 +37,17 @@ def test_a_container_can_do_little(name: str) -> None:
 
 
 @each
-def test_a_port_is_open_on_this_host_alone(name: str) -> None:
+def test_ports_are_open_on_loopback_only(name: str) -> None:
     assert all(port.startswith("127.0.0.1:") for port in SERVICES[name].get("ports", []))
 
 
 @each
-def test_what_is_waited_for_is_healthy(name: str) -> None:
+def test_containers_wait_for_healthy_ones(name: str) -> None:
     conditions = SERVICES[name].get("depends_on", {}).values()
     assert all(condition["condition"] == "service_healthy" for condition in conditions)
 
 
-def test_only_service_prometheus_and_grafana_come_without_a_profile() -> None:
+def test_only_service_prometheus_and_grafana_start_without_a_profile() -> None:
     plain = {name for name, service in SERVICES.items() if "profiles" not in service}
     assert plain == {"service", "prometheus", "grafana"}
 
@@ -62,14 +62,14 @@ def test_named_volumes_are_declared() -> None:
     assert mounted == set(COMPOSE["volumes"])
 
 
-def test_what_survives_a_restart_lies_in_a_volume_that_the_user_of_the_image_owns() -> None:
+def test_the_state_is_in_a_volume_owned_by_the_user_of_the_image() -> None:
     assert "state:/state" in SERVICES["service"]["volumes"]
     image = (ROOT / "docker" / "Dockerfile").read_text()
     assert "--owner=10001 --group=10001 --mode=0700 /state" in image
     assert "BUDGETFORMER_STATE_DIR=/state" in image
 
 
-def test_secrets_come_from_files_that_are_there() -> None:
+def test_files_of_secrets_exist() -> None:
     used = {name for service in SERVICES.values() for name in service.get("secrets", [])}
     assert used == set(COMPOSE["secrets"])
     for secret in COMPOSE["secrets"].values():
@@ -77,21 +77,21 @@ def test_secrets_come_from_files_that_are_there() -> None:
         assert (ROOT / default).is_file()
 
 
-def test_it_says_what_it_opens_and_opens_it_to_this_host_alone() -> None:
+def test_anonymous_access_is_explicit_and_on_loopback_only() -> None:
     service = SERVICES["service"]
     assert service["environment"]["BUDGETFORMER_ALLOW_ANONYMOUS"].endswith(":-true}")
     assert [port.partition(":")[0] for port in service["ports"]] == ["127.0.0.1"]
     assert read_keys(ROOT / "docker" / "secrets" / "keys.toml") == {}
 
 
-def test_mounted_files_are_there() -> None:
+def test_mounted_files_exist() -> None:
     for service in SERVICES.values():
         for volume in service.get("volumes", []):
             if volume.startswith("."):
                 assert (ROOT / volume.partition(":")[0]).exists(), volume
 
 
-def test_grpc_has_a_port_of_this_host_alone_and_only_if_asked_for() -> None:
+def test_grpc_is_opt_in_and_on_loopback_only() -> None:
     def merged(*more: str) -> dict[str, Any]:
         files = [f"--file={ROOT / name}" for name in ("docker-compose.yml", *more)]
         command = [program("docker"), "compose", *files, "config", "--format", "json"]
@@ -106,21 +106,21 @@ def test_grpc_has_a_port_of_this_host_alone_and_only_if_asked_for() -> None:
     assert with_grpc["environment"]["BUDGETFORMER_GRPC_PORT"] == "8001"
 
 
-def test_alertmanager_takes_its_configuration() -> None:
+def test_alertmanager_accepts_its_configuration() -> None:
     configuration = ROOT / "docker" / "alertmanager" / "alertmanager.yml"
     command = [program("amtool"), "check-config", str(configuration)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_no_health_check_asks_a_proxy() -> None:
-    """Docker hands the proxy variables of its client to every container."""
+def test_health_checks_use_no_proxy() -> None:
+    """Docker passes the proxy variables of its client to every container."""
     checks = [s["healthcheck"]["test"] for s in SERVICES.values() if "healthcheck" in s]
     assert checks
     assert all(check[:4] == ["CMD", "wget", "-Y", "off"] for check in checks)
-    for name, asked in (("grafana", "prometheus"), ("loadtest", "service")):
+    for name, host in (("grafana", "prometheus"), ("loadtest", "service")):
         variables = SERVICES[name]["environment"]
-        assert variables["NO_PROXY"] == variables["no_proxy"] == asked
+        assert variables["NO_PROXY"] == variables["no_proxy"] == host
     image = (ROOT / "docker" / "Dockerfile").read_text()
     assert 'CMD ["python", "-P", "-m", "service.healthcheck"]' in image
     assert "use_proxy = off" in image

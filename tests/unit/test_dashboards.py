@@ -1,4 +1,4 @@
-"""The dashboards and the rules ask only for what the service measures."""
+"""Grafana's dashboards and Prometheus's rules are current and query existing metrics."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def series() -> set[str]:
     }
 
 
-def asked_for(query: str) -> set[str]:
-    """Return the metrics that a query names; a recorded one has colons and is not ours."""
+def metrics_in(query: str) -> set[str]:
+    """Return the service's metrics in a query; names with colons are recorded series."""
     return set(re.findall(r"(?<![\w:])budgetformer_\w+", query))
 
 
-def test_the_files_are_what_the_generator_writes(generator: ModuleType) -> None:
+def test_the_generated_files_are_current(generator: ModuleType) -> None:
     rendered = generator.render()
     assert set(rendered) == set(BOARDS.values())
     for path, text in rendered.items():
@@ -53,52 +53,52 @@ def test_the_files_are_what_the_generator_writes(generator: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("name", BOARDS)
-def test_a_dashboard_has_only_what_grafanas_schema_has(name: str) -> None:
+def test_dashboards_conform_to_grafanas_schema(name: str) -> None:
     register_default_plugins()
     read = Dashboard.from_json(read_board(name))
     assert json.loads(JSONEncoder().encode(read)) == read_board(name)
 
 
 @pytest.mark.parametrize("query", [*queries(), *annotations()], ids=str)
-def test_every_query_asks_for_metrics_that_exist(query: Query, series: set[str]) -> None:
-    assert asked_for(query.expression) <= series
-    assert asked_for(query.expression) or RECORDED.search(query.expression)
+def test_queries_use_existing_metrics(query: Query, series: set[str]) -> None:
+    assert metrics_in(query.expression) <= series
+    assert metrics_in(query.expression) or RECORDED.search(query.expression)
 
 
 @pytest.mark.parametrize("name", MEASURING)
-def test_a_dashboard_is_filtered_by_model_and_version(name: str, series: set[str]) -> None:
+def test_dashboards_have_filters_for_model_and_version(name: str, series: set[str]) -> None:
     variables = read_board(name)["templating"]["list"]
     names = [variable["name"] for variable in variables]
     compared = ["first", "second"] if name == "models" else []
     assert names == ["datasource", "model", "version", *compared]
     for variable in variables[1:]:
-        assert asked_for(variable["query"]) <= series
+        assert metrics_in(variable["query"]) <= series
         assert variable.get("multi", False) == (variable["name"] not in compared)
         assert variable.get("includeAll", False) == (variable["name"] not in compared)
 
 
 def test_versions_are_compared_by_every_measure() -> None:
-    """A panel shows both versions, or there are two of them."""
+    """One panel shows both versions, or each version has its panel."""
     both, first, second = 'version=~"$first|$second"', 'version=~"$first"', 'version=~"$second"'
-    asked = [query.expression for query in queries() if query.board == "models"]
+    expressions = [query.expression for query in queries() if query.board == "models"]
     for metric in (
         "model_requests_total", "model_request_duration_seconds_bucket", "request_heads_sum",
         "macs_total", "items_total",
     ):  # fmt: skip
-        naming = [one for one in asked if f"budgetformer_{metric}{{" in one]
-        assert any(both in one for one in naming) or (
-            any(first in one for one in naming) and any(second in one for one in naming)
+        of_metric = [text for text in expressions if f"budgetformer_{metric}{{" in text]
+        assert any(both in text for text in of_metric) or (
+            any(first in text for text in of_metric) and any(second in text for text in of_metric)
         ), metric
 
 
 @pytest.mark.parametrize("name", MEASURING)
-def test_a_dashboard_shows_model_loads_and_brown_outs(name: str) -> None:
+def test_dashboards_show_model_loads_and_brown_outs(name: str) -> None:
     events = [event for event in annotations() if event.board == name]
     assert {event.panel for event in events} == {"Model loads", "Brown-outs"}
 
 
 @pytest.mark.parametrize("name", BOARDS)
-def test_a_dashboard_leads_to_the_others_and_to_the_runbooks(name: str) -> None:
+def test_dashboards_link_to_the_others_and_to_the_runbooks(name: str) -> None:
     board = read_board(name)
     links = board["links"]
     assert {"dashboards", "link"} == {link["type"] for link in links}
@@ -108,15 +108,15 @@ def test_a_dashboard_leads_to_the_others_and_to_the_runbooks(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MEASURING)
-def test_every_query_reads_the_data_source_that_a_variable_names(name: str) -> None:
-    """No Grafana but the one under Compose has a data source of a known id."""
+def test_queries_use_the_data_source_of_a_variable(name: str) -> None:
+    """Only the Grafana of docker-compose.yml has a data source with a known id."""
     board = read_board(name)
     first, *others = board["templating"]["list"]
     assert (first["name"], first["type"], first["query"]) == (
         "datasource", "datasource", "prometheus",
     )  # fmt: skip
     assert first.get("current", {}).get("value") is None
-    asked = [
+    sources = [
         *(variable["datasource"] for variable in others),
         *(event["datasource"] for event in board["annotations"]["list"] if "expr" in event),
         *(panel["datasource"] for panel in board["panels"] if panel["type"] != "row"),
@@ -126,8 +126,8 @@ def test_every_query_reads_the_data_source_that_a_variable_names(name: str) -> N
             for target in panel.get("targets") or []
         ),
     ]
-    assert asked
-    assert all(one == {"type": "prometheus", "uid": "${datasource}"} for one in asked)
+    assert sources
+    assert all(source == {"type": "prometheus", "uid": "${datasource}"} for source in sources)
     provisioned = yaml.safe_load(
         (DOCKER / "grafana/provisioning/datasources/prometheus.yml").read_text(encoding="utf-8")
     )
@@ -135,7 +135,7 @@ def test_every_query_reads_the_data_source_that_a_variable_names(name: str) -> N
 
 
 @pytest.mark.parametrize("name", BOARDS)
-def test_no_dashboard_holds_the_id_of_a_data_source(name: str) -> None:
+def test_dashboards_have_no_data_source_ids(name: str) -> None:
     text = json.dumps(read_board(name))
     named = set(re.findall(r'"type": "prometheus", "uid": "([^"]*)"', text))
     assert named <= {"${datasource}"}
@@ -143,14 +143,14 @@ def test_no_dashboard_holds_the_id_of_a_data_source(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BOARDS)
-def test_panels_have_titles_and_places_of_their_own(name: str) -> None:
+def test_panels_have_titles_and_do_not_overlap(name: str) -> None:
     panels = read_board(name)["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     cells = [
         (x, y)
-        for place in (panel["gridPos"] for panel in panels)
-        for x in range(place["x"], place["x"] + place["w"])
-        for y in range(place["y"], place["y"] + place["h"])
+        for area in (panel["gridPos"] for panel in panels)
+        for x in range(area["x"], area["x"] + area["w"])
+        for y in range(area["y"], area["y"] + area["h"])
     ]
     assert len(set(cells)) == len(cells)
     assert max(x for x, _ in cells) < 24
@@ -158,13 +158,13 @@ def test_panels_have_titles_and_places_of_their_own(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MEASURING)
-def test_every_panel_says_what_it_shows(name: str) -> None:
+def test_panels_have_descriptions(name: str) -> None:
     for panel in read_board(name)["panels"]:
         assert panel["type"] == "row" or panel["description"].endswith("."), panel["title"]
 
 
 @pytest.mark.parametrize("path", RULES, ids=lambda path: path.stem)
-def test_every_rule_asks_for_metrics_that_exist(path: Path, series: set[str]) -> None:
+def test_rules_use_existing_metrics(path: Path, series: set[str]) -> None:
     rules = [
         rule
         for group in yaml.safe_load(path.read_text(encoding="utf-8"))["groups"]
@@ -172,4 +172,4 @@ def test_every_rule_asks_for_metrics_that_exist(path: Path, series: set[str]) ->
     ]
     assert rules
     for rule in rules:
-        assert asked_for(rule["expr"]) <= series, rule["expr"]
+        assert metrics_in(rule["expr"]) <= series, rule["expr"]

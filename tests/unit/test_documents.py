@@ -1,4 +1,4 @@
-"""Links lead somewhere, pictures are drawn, and the site builds."""
+"""The documentation: links, code blocks, pictures, settings, and the build of the site."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LANGUAGES = {"bash", "python", "json", "text", "toml"}
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_within_the_project_lead_somewhere(page: Path) -> None:
+def test_links_have_existing_targets(page: Path) -> None:
     for link in links_of(page):
         if re.match(r"[a-z]+:", link):
             assert re.match(r"https?://\S+\.\S+|http://127\.0\.0\.1|mailto:", link), link
@@ -31,14 +31,14 @@ def test_links_within_the_project_lead_somewhere(page: Path) -> None:
             assert anchor in anchors_of(target), f"{link}: {target.name} has no such heading"
 
 
-def test_links_are_found() -> None:
+def test_the_helpers_find_links_and_anchors() -> None:
     assert sum(len(links_of(page)) for page in TEXTS) > 50
     assert "post-classify" in anchors_of(ROOT / "docs" / "api.md")
     assert "fastapi" not in anchors_of(ROOT / "docs" / "architecture.md")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_code_says_its_language(page: Path) -> None:
+def test_code_blocks_name_their_language_and_are_valid(page: Path) -> None:
     for block in blocks_of(page):
         assert block.language in LANGUAGES, str(block)
         if block.language == "json":
@@ -62,20 +62,20 @@ def test_every_page_is_in_the_navigation() -> None:
     assert named == {page.name for page in PAGES if page.parent == ROOT / "docs"}
 
 
-def test_pictures_are_what_their_program_draws(tmp_path: Path) -> None:
+def test_pictures_are_current(tmp_path: Path) -> None:
     subprocess.run([sys.executable, ROOT / "docs/pictures/draw.py", tmp_path], check=True)
     drawn = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert drawn == {p.name: p.read_text() for p in (ROOT / "docs" / "pictures").glob("*.svg")}
 
 
-def test_settings_that_operators_are_told_of_exist() -> None:
+def test_settings_in_operations_md_exist() -> None:
     known = {f"--{name.replace('_', '-')}" for name in Settings.model_fields} | {"--config"}
-    told = (ROOT / "docs" / "operations.md").read_text()
-    for flags in re.findall(r"\| `(--[^`]+)`", told):
+    page = (ROOT / "docs" / "operations.md").read_text()
+    for flags in re.findall(r"\| `(--[^`]+)`", page):
         assert set(re.findall(r"--[a-z-]+", flags)) <= known, flags
 
 
-def test_extras_that_pages_name_exist() -> None:
+def test_extras_named_in_pages_exist() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
         "optional-dependencies"
     ]

@@ -1,4 +1,4 @@
-"""The alert and recording rules: what they fire on, and what an alert tells its reader."""
+"""Prometheus's alert and recording rules: when they fire, and their texts and runbooks."""
 
 from __future__ import annotations
 
@@ -43,20 +43,20 @@ def promtool(*arguments: str | Path) -> str:
     return done.stdout
 
 
-def test_prometheus_takes_the_rules() -> None:
+def test_prometheus_accepts_the_rules() -> None:
     assert promtool("check", "rules", *RULES).count("SUCCESS") == len(RULES)
 
 
-def test_prometheus_takes_its_configuration() -> None:
+def test_prometheus_accepts_its_configuration() -> None:
     promtool("check", "config", PROMETHEUS / "prometheus.yml")
 
 
-def test_alerts_fire_when_they_should_and_only_then() -> None:
+def test_alerts_fire_in_the_tested_cases_only() -> None:
     assert "SUCCESS" in promtool("test", "rules", CASES)
 
 
 @each_alert
-def test_every_alert_is_seen_firing_and_seen_silent(alert: dict[str, Any]) -> None:
+def test_every_alert_is_tested_firing_and_silent(alert: dict[str, Any]) -> None:
     checks = [
         check
         for case in read_yaml(CASES)["tests"]
@@ -68,14 +68,14 @@ def test_every_alert_is_seen_firing_and_seen_silent(alert: dict[str, Any]) -> No
 
 
 @each_alert
-def test_every_alert_says_what_is_wrong_and_how_grave_it_is(alert: dict[str, Any]) -> None:
+def test_every_alert_has_a_severity_and_a_description(alert: dict[str, Any]) -> None:
     assert alert["labels"]["severity"] in {"info", "warning", "critical"}
     assert alert["annotations"]["summary"]
     assert alert["annotations"]["description"].endswith(".")
 
 
 @each_alert
-def test_every_alert_leads_to_its_runbook(alert: dict[str, Any]) -> None:
+def test_every_alert_links_to_its_runbook(alert: dict[str, Any]) -> None:
     assert alert["alert"] in sections()
     file, _, anchor = alert["annotations"]["runbook"].partition("#")
     assert (ROOT / file).is_file()
@@ -86,11 +86,11 @@ def test_every_alert_leads_to_its_runbook(alert: dict[str, Any]) -> None:
     assert panel == f"panel-{sections().index(alert['alert']) + 1}"
 
 
-def test_every_runbook_has_its_alert() -> None:
+def test_every_runbook_belongs_to_an_alert() -> None:
     assert sections() == [rule["alert"] for rule in rules("alert")]
 
 
-def test_a_rule_reads_only_recorded_series_that_are_recorded() -> None:
+def test_rules_read_only_series_that_are_recorded() -> None:
     recorded = {rule["record"] for rule in rules("record")}
     for rule in (*rules("record"), *rules("alert")):
         assert set(re.findall(r"budgetformer:[\w:]+", rule["expr"])) <= recorded

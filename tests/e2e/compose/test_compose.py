@@ -1,7 +1,7 @@
-"""`docker compose up`, asked from outside: the service, what Prometheus scrapes, how it stops.
+"""The stack of docker-compose.yml: the service, monitoring, privileges, restarts and shutdown.
 
-What COMPOSE_FILE names (by default docker-compose.yml) is brought up under a project name and on
-ports of this run alone, so a stack that is already up is left alone.
+The files in COMPOSE_FILE (by default docker-compose.yml) are started under a project name and ports
+of this run, so a stack that already runs is not affected.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ TEXTS = [
 ]
 
 
-ADMIN_KEY = "a key of this test alone"
+ADMIN_KEY = "a key for this test"
 PORTS = (
     "BUDGETFORMER_PORT", "PROMETHEUS_PORT", "GRAFANA_PORT", "ALERTMANAGER_PORT", "JAEGER_PORT",
 )  # fmt: skip
@@ -50,35 +50,36 @@ PORTS = (
 
 @dataclass(frozen=True)
 class Stack:
-    """A running stack: how to ask its parts, and how to speak to Compose about it."""
+    """A running stack, with clients of its services and its Compose commands."""
 
     environment: dict[str, str]
     service: httpx.Client
     prometheus: httpx.Client
 
     def compose(self, *arguments: str, check: bool = True) -> str:
-        """Run one command of Docker Compose and return what it printed."""
+        """Run a command of Docker Compose, and return its output."""
         return run("docker", "compose", *arguments, environment=self.environment, check=check)
 
     def inspect(self, name: str) -> dict[str, Any]:
-        """Return what Docker knows of the one container of a service."""
+        """Return Docker's description of the only container of a service."""
         container = self.compose("ps", "--all", "--quiet", name).strip()
-        (found,) = json.loads(run("docker", "inspect", container, environment=self.environment))
-        return dict(found)
+        output = run("docker", "inspect", container, environment=self.environment)
+        (description,) = json.loads(output)
+        return dict(description)
 
     def client(self, port: str) -> httpx.Client:
-        """Return a client of the part whose port on this host the variable `port` names."""
+        """Return a client for the service whose port is in the variable `port`."""
         return httpx.Client(base_url=f"http://127.0.0.1:{self.environment[port]}", timeout=30)
 
     def need_image(self, name: str) -> None:
-        """Skip the test where the image of a service is not on this machine."""
+        """Skip the test if the image of a service is not on this machine."""
         config = json.loads(self.compose("--profile", "*", "config", "--format", "json"))
         image = config["services"][name]["image"]
         if not run("docker", "images", "--quiet", image, environment=self.environment).strip():
             pytest.skip(f"needs the image {image}, which is not on this machine")
 
     def metrics(self) -> dict[str, float]:
-        """Return every series of /metrics summed over its labels."""
+        """Return every metric of /metrics, summed over its labels."""
         totals: dict[str, float] = {}
         answer = self.service.get("/metrics").raise_for_status()
         for family in text_string_to_metric_families(answer.text):
@@ -87,13 +88,13 @@ class Stack:
         return totals
 
     def query(self, expression: str) -> float | None:
-        """Return the value of an expression that yields one number; None while there is none."""
+        """Return the value of an expression for one number, or None without a result."""
         answer = self.prometheus.get("/api/v1/query", params={"query": expression})
         result = answer.raise_for_status().json()["data"]["result"]
         return float(result[0]["value"][1]) if result else None
 
     def classify(self, **body: object) -> dict[str, Any]:
-        """Ask for labels, through the published port."""
+        """Classify texts through the published port."""
         answer = self.service.post("/classify", json=body)
         assert answer.status_code == 200, answer.text
         return dict(answer.json())
@@ -114,12 +115,12 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def eventually(look: Callable[[], T], wanted: Callable[[T], bool], seconds: float = 60) -> T:
-    """Look every half second until what is seen is as wanted; return what was seen last."""
+def eventually(read: Callable[[], T], expected: Callable[[T], bool], seconds: float = 60) -> T:
+    """Read a value every half second until it is as expected; return the last value."""
     end = time.monotonic() + seconds
-    while not wanted(seen := look()) and time.monotonic() < end:
+    while not expected(value := read()) and time.monotonic() < end:
         time.sleep(0.5)
-    return seen
+    return value
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +153,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
             stack.compose("--profile", "*", "down", "--volumes", "--remove-orphans", check=False)
 
 
-def test_it_classifies_through_the_published_port(stack: Stack) -> None:
+def test_the_published_port_answers(stack: Stack) -> None:
     answer = stack.classify(input=TEXTS[:1])
     (item,) = answer["data"]
     assert answer["object"] == "list"
@@ -166,12 +167,12 @@ def test_it_classifies_through_the_published_port(stack: Stack) -> None:
     assert answer["usage"]["heads_used"] == item["heads"]["used"]
 
 
-def test_the_page_comes_with_the_image(stack: Stack) -> None:
+def test_the_image_has_the_playground(stack: Stack) -> None:
     for path in ("/", "/playground/main.js", "/playground/style.css", "/playground/recent"):
         assert stack.service.get(path).status_code == 200, path
 
 
-def test_its_metrics_add_up_to_its_answers(stack: Stack) -> None:
+def test_metrics_add_up_to_the_answers(stack: Stack) -> None:
     before = stack.metrics()
     answers = [stack.classify(input=TEXTS), stack.classify(input=TEXTS[:2], quality="best")]
     after = stack.metrics()
@@ -189,7 +190,7 @@ def test_its_metrics_add_up_to_its_answers(stack: Stack) -> None:
     assert grown("item_tokens_sum") == sum(item["tokens"] for item in items)
 
 
-def test_prometheus_scrapes_what_was_answered(stack: Stack) -> None:
+def test_prometheus_scrapes_the_metrics(stack: Stack) -> None:
     stack.classify(input=TEXTS)
     answered = stack.metrics()["budgetformer_items_total"]
     scraped = eventually(
@@ -225,7 +226,7 @@ def test_prometheus_loads_and_evaluates_the_rules(stack: Stack) -> None:
     )
 
 
-def test_the_load_profile_loads_what_prometheus_sees(stack: Stack) -> None:
+def test_the_load_profile_sends_requests_that_prometheus_counts(stack: Stack) -> None:
     before = stack.metrics()
     stack.compose("--profile", "load", "build", "loadtest")
     printed = stack.compose("--profile", "load", "run", "--rm", "--no-TTY", "loadtest")
@@ -253,7 +254,7 @@ def test_the_load_profile_loads_what_prometheus_sees(stack: Stack) -> None:
     )
 
 
-def test_every_panel_of_the_dashboards_shows_a_number(stack: Stack) -> None:
+def test_every_dashboard_panel_has_data(stack: Stack) -> None:
     for quality in ("fast", "balanced", "best"):
         stack.classify(input=TEXTS, quality=quality)
     asked = {query: query.filled("1m", "30m") for query in queries()}
@@ -266,7 +267,7 @@ def test_every_panel_of_the_dashboards_shows_a_number(stack: Stack) -> None:
         log.info("%s: %s", query, stack.query(text))
 
 
-def test_alertmanager_hears_of_prometheus_and_routes_by_severity(stack: Stack) -> None:
+def test_alertmanager_is_found_and_routes_by_severity(stack: Stack) -> None:
     stack.need_image("alertmanager")
     stack.compose("--profile", "alerts", "up", "--detach", "--wait", "--no-build", "alertmanager")
 
@@ -274,7 +275,7 @@ def test_alertmanager_hears_of_prometheus_and_routes_by_severity(stack: Stack) -
         answer = stack.prometheus.get("/api/v1/alertmanagers").raise_for_status()
         return [found["url"] for found in answer.json()["data"]["activeAlertmanagers"]]
 
-    # Prometheus asks the name server every half minute.
+    # Prometheus resolves names every half minute.
     assert len(eventually(known, bool, 90)) == 1
     severities = {"page": "critical", "ticket": "warning"}
     with stack.client("ALERTMANAGER_PORT") as alertmanager:
@@ -289,7 +290,7 @@ def test_alertmanager_hears_of_prometheus_and_routes_by_severity(stack: Stack) -
     assert routed == severities
 
 
-def test_jaeger_takes_the_traces(stack: Stack) -> None:
+def test_jaeger_receives_traces(stack: Stack) -> None:
     stack.need_image("jaeger")
     traced = Stack(
         stack.environment | {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://jaeger:4318"},
@@ -314,7 +315,7 @@ def test_grafana_has_the_dashboards(stack: Stack) -> None:
             assert answer.json()["dashboard"]["title"] == read_board(name)["title"]
 
 
-def test_the_container_can_do_little(stack: Stack) -> None:
+def test_the_container_has_few_privileges_and_limits(stack: Stack) -> None:
     inside = ("exec", "-T", "service")
     assert stack.compose(*inside, "id", "-u").strip() == "10001"
     written = stack.compose(
@@ -334,7 +335,7 @@ def test_the_container_can_do_little(stack: Stack) -> None:
         assert {place["HostIp"] for place in published or []} <= {"127.0.0.1"}
 
 
-def test_the_admin_key_is_the_one_in_the_file(stack: Stack) -> None:
+def test_the_admin_key_is_read_from_its_file(stack: Stack) -> None:
     environment = stack.inspect("service")["Config"]["Env"]
     assert [entry for entry in environment if ADMIN_KEY in entry] == []
     for key, status in (("wrong", 401), (ADMIN_KEY, 404)):
@@ -343,7 +344,7 @@ def test_the_admin_key_is_the_one_in_the_file(stack: Stack) -> None:
         assert answer.status_code == status, answer.text
 
 
-def test_the_override_file_asks_for_every_gpu(stack: Stack) -> None:
+def test_the_gpu_override_requests_all_gpus(stack: Stack) -> None:
     files = ("-f", "docker-compose.yml", "-f", "docker/compose.gpu.yml")
     service = json.loads(stack.compose(*files, "config", "--format", "json"))["services"]["service"]
     assert service["build"]["target"] == "cuda"
@@ -351,13 +352,13 @@ def test_the_override_file_asks_for_every_gpu(stack: Stack) -> None:
     assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
     assert device["count"] == -1  # all
     assert service["read_only"] is True
-    # What is compiled has to be loaded, which nothing in /tmp may be.
+    # Compiled kernels must be loadable, which /tmp does not allow.
     (kept,) = (v for v in service["volumes"] if v["target"] == "/kernels")
     assert (kept["type"], service["environment"]["TRITON_CACHE_DIR"]) == ("volume", "/kernels")
 
 
-def test_nothing_in_the_container_gives_rights_or_takes_writing(stack: Stack) -> None:
-    """As the service's own user sees it: no setuid, no capability, two folders to write to."""
+def test_the_container_has_no_setuid_files_and_few_writable_folders(stack: Stack) -> None:
+    """Checked as the user of the service, which has no capabilities."""
     inside = ("exec", "-T", "service", "python", "-c")
     look = (
         "import json, os, stat\n"
@@ -382,21 +383,20 @@ def test_nothing_in_the_container_gives_rights_or_takes_writing(stack: Stack) ->
     assert user == group == 10001
 
 
-def test_its_engines_hold_weights_once(stack: Stack) -> None:
+def test_engines_share_one_copy_of_the_weights(stack: Stack) -> None:
     listed = "for p in /proc/[0-9]*; do grep -H memfd: $p/maps 2>/dev/null; done; true"
     shown = stack.compose("exec", "-T", "service", "sh", "-c", listed)
     holders: dict[str, set[str]] = {}
     for line in shown.splitlines():
         process, _, mapping = line.partition(":")
-        if "memfd:key-usage" not in mapping:  # where frontends count what keys ask for
+        if "memfd:key-usage" not in mapping:  # the file in which frontends count usage of keys
             holders.setdefault(mapping.split()[4], set()).add(process)
     engines = len(stack.service.get("/health").json()["engines"])
     assert bool(holders) == (engines > 1)
     assert all(len(found) == engines for found in holders.values())
 
 
-def test_it_has_no_key_to_lose(stack: Stack) -> None:
-    """What the processes were started with, and the image's own layers, hold no secret."""
+def test_no_secret_is_in_the_environment_or_arguments(stack: Stack) -> None:
     inside = ("exec", "-T", "service", "sh", "-c")
     seen = stack.compose(*inside, "cat /proc/[0-9]*/environ /proc/[0-9]*/cmdline | tr '\\0' '\\n'")
     assert "BUDGETFORMER_ADMIN_KEY=" not in seen
@@ -405,11 +405,11 @@ def test_it_has_no_key_to_lose(stack: Stack) -> None:
     assert refused.status_code == 401
 
 
-def test_a_killed_container_comes_back_and_prometheus_saw_it(stack: Stack) -> None:
+def test_a_killed_container_is_restarted_and_prometheus_notices(stack: Stack) -> None:
     started = 'changes(budgetformer_process_start_time_seconds{job="budgetformer"}[10m])'
     process = int(stack.inspect("service")["State"]["Pid"])
     try:
-        os.kill(process, signal.SIGKILL)  # a crash; after `docker kill` it would stay down
+        os.kill(process, signal.SIGKILL)  # like a crash; `docker kill` would prevent the restart
     except PermissionError:
         pytest.skip("may not kill a container's process from here")
     assert eventually(lambda: stack.inspect("service")["RestartCount"], bool) == 1
@@ -430,7 +430,7 @@ def _in_flight(stack: Stack) -> int:
     return sum(int(engine["in_flight_items"]) for engine in engines)
 
 
-def test_it_answers_what_it_has_begun_before_it_stops(stack: Stack) -> None:
+def test_running_requests_are_answered_before_a_stop(stack: Stack) -> None:
     texts = TEXTS[:4] * 128
     body = {"input": texts, "heads": 12, "timeout_ms": 60_000}
     with ThreadPoolExecutor(1) as pool:
@@ -443,7 +443,7 @@ def test_it_answers_what_it_has_begun_before_it_stops(stack: Stack) -> None:
     stack.compose("up", "--detach", "--wait", "--wait-timeout", "120", "--no-build", "service")
 
 
-def test_it_stops_in_order_and_comes_back(stack: Stack) -> None:
+def test_the_service_stops_cleanly_and_starts_again(stack: Stack) -> None:
     stack.compose("stop", "service")
     state = stack.inspect("service")["State"]
     assert state["ExitCode"] == 0, stack.compose("logs", "--no-color", "--tail", "30", "service")

@@ -11,7 +11,7 @@ from tests.support.texts import small_tokenizer
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Keep these small networks on one thread, where they are fastest and repeat bit by bit."""
+    """Run torch on one thread: fastest for small networks, and bit by bit repeatable."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -25,5 +25,5 @@ def _tokenizer_text() -> str:
 
 @pytest.fixture
 def tokenizer(_tokenizer_text: str) -> Tokenizer:
-    """Return a fresh small tokenizer; the data set changes its truncation."""
+    """Return a new small tokenizer, because data sets change its truncation."""
     return Tokenizer.from_str(_tokenizer_text)

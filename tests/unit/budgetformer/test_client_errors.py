@@ -1,3 +1,5 @@
+"""Errors of the client."""
+
 from __future__ import annotations
 
 import pickle
@@ -5,7 +7,7 @@ import pickle
 from budgetformer.client import OverloadedError, ServerError
 
 
-def test_a_server_error_survives_pickling() -> None:
+def test_a_server_error_can_be_pickled() -> None:
     error = OverloadedError(429, "the queue is full", "queue_full", "input[3]", "request-1")
     error.retry_after = 2.0
     copy = pickle.loads(pickle.dumps(error))

@@ -1,4 +1,4 @@
-"""Usable cores, with control groups as version 1 and 2 have them, in and out of containers."""
+"""Usable cores under control groups of version 1 and 2, in and outside containers."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from service.settings import Settings
 
 @dataclass
 class Groups:
-    """A folder in place of /sys/fs/cgroup, and the groups that this process says it is in."""
+    """A folder in place of /sys/fs/cgroup, and a file in place of /proc/self/cgroup."""
 
     root: Path
 
-    def member(self, lines: str) -> None:
+    def set_membership(self, lines: str) -> None:
         (self.root / "membership").write_text(lines)
 
-    def write(self, path: str, quota: int | str, period: int | None = 100_000) -> None:
+    def set_quota(self, path: str, quota: int | str, period: int | None = 100_000) -> None:
         folder = self.root / path
         folder.mkdir(parents=True, exist_ok=True)
         if path.startswith("cpu"):
@@ -42,9 +42,9 @@ def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Groups:
     return Groups(tmp_path)
 
 
-def test_without_control_groups_the_affinity_counts(groups: Groups) -> None:
+def test_without_a_quota_the_affinity_counts(groups: Groups) -> None:
     assert (cpu_quota(), usable_cores()) == (None, 8)
-    groups.member("0::/\n")
+    groups.set_membership("0::/\n")
     assert (cpu_quota(), usable_cores()) == (None, 8)
 
 
@@ -56,58 +56,58 @@ def test_without_control_groups_the_affinity_counts(groups: Groups) -> None:
 def test_a_quota_is_rounded_down_to_at_least_one_core(
     groups: Groups, version: int, quota: int, usable: int
 ) -> None:
-    groups.member("3:cpu,cpuacct:/\n" if version == 1 else "0::/\n")
-    groups.write("cpu,cpuacct" if version == 1 else ".", "max" if quota < 0 else quota)
+    groups.set_membership("3:cpu,cpuacct:/\n" if version == 1 else "0::/\n")
+    groups.set_quota("cpu,cpuacct" if version == 1 else ".", "max" if quota < 0 else quota)
     if quota < 0 and version == 1:
-        groups.write("cpu,cpuacct", -1)
+        groups.set_quota("cpu,cpuacct", -1)
     assert usable_cores() == usable
 
 
-def test_the_smallest_quota_on_the_way_to_the_root_counts(groups: Groups) -> None:
-    groups.member("0::/tenant/unit.service\n")
-    groups.write("tenant", 300_000)
-    groups.write("tenant/unit.service", "max")
-    groups.write("tenant/other.service", 100_000)
+def test_the_smallest_quota_of_group_and_ancestors_counts(groups: Groups) -> None:
+    groups.set_membership("0::/tenant/unit.service\n")
+    groups.set_quota("tenant", 300_000)
+    groups.set_quota("tenant/unit.service", "max")
+    groups.set_quota("tenant/other.service", 100_000)
     assert (cpu_quota(), usable_cores()) == (3.0, 3)
-    groups.write("tenant/unit.service", 50_000, 20_000)
+    groups.set_quota("tenant/unit.service", 50_000, 20_000)
     assert (cpu_quota(), usable_cores()) == (2.5, 2)
 
 
-def test_in_a_container_the_path_is_the_hosts(groups: Groups) -> None:
-    groups.member("4:memory:/docker/0123\n3:cpu:/docker/0123\n0::/docker/0123\n")
-    groups.write("cpu", 400_000)
+def test_a_container_may_see_its_path_on_the_host(groups: Groups) -> None:
+    groups.set_membership("4:memory:/docker/0123\n3:cpu:/docker/0123\n0::/docker/0123\n")
+    groups.set_quota("cpu", 400_000)
     (groups.root / "memory").mkdir()
     assert usable_cores() == 4
 
 
 @pytest.mark.parametrize("content", ["", "max", "many 100000", "100000 0", "1 2 3", "\x00"])
-def test_files_that_make_no_sense_are_no_limit(groups: Groups, content: str) -> None:
-    groups.member("0::/\n")
+def test_invalid_quota_files_are_ignored(groups: Groups, content: str) -> None:
+    groups.set_membership("0::/\n")
     (groups.root / "cpu.max").write_text(content)
     assert (cpu_quota(), usable_cores()) == (None, 8)
 
 
-def test_the_server_runs_as_many_engines_as_the_quota_has_cores(groups: Groups) -> None:
-    groups.member("0::/\n")
-    groups.write(".", 350_000)
+def test_the_server_runs_one_engine_per_core_of_the_quota(groups: Groups) -> None:
+    groups.set_membership("0::/\n")
+    groups.set_quota(".", 350_000)
     settings = Settings(device="cpu")
     assert settings.resolved_engines() == 3
     assert Settings(device="cpu", threads_per_engine=2).resolved_engines() == 1
     assert Settings(device="cpu", engines=7).resolved_engines() == 7
 
 
-def test_torch_starts_no_more_threads_than_the_quota_has_cores(
+def test_torch_uses_no_more_threads_than_cores_of_the_quota(
     groups: Groups, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # so that it is put back
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # so that monkeypatch restores it
     monkeypatch.delenv("OMP_NUM_THREADS")
     limit_threads()
     assert "OMP_NUM_THREADS" not in os.environ
-    groups.member("0::/\n")
-    groups.write(".", 120_000)
+    groups.set_membership("0::/\n")
+    groups.set_quota(".", 120_000)
     limit_threads()
-    ask = python_command("-c", "import torch; print(torch.get_num_threads())")
-    assert subprocess.run(ask, capture_output=True, text=True, check=True).stdout == "1\n"
+    command = python_command("-c", "import torch; print(torch.get_num_threads())")
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "1\n"
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     limit_threads()
     assert os.environ["OMP_NUM_THREADS"] == "5"

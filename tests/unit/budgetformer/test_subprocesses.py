@@ -1,4 +1,4 @@
-"""Child processes: what they import, and where they are started."""
+"""Child processes of Python import nothing from their working directory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_a_child_imports_nothing_from_its_working_directory(
     assert str(tmp_path) not in done.stdout
 
 
-def test_every_child_of_python_is_started_in_that_way() -> None:
+def test_all_child_processes_are_started_by_one_module() -> None:
     starting = [
         path.relative_to(ROOT).as_posix()
         for path in SOURCES
@@ -37,7 +37,7 @@ def test_every_child_of_python_is_started_in_that_way() -> None:
     assert starting == ["budgetformer/subprocesses.py"]
 
 
-def test_what_a_folder_would_replace(tmp_path: Path) -> None:
+def test_files_that_shadow_modules_are_listed(tmp_path: Path) -> None:
     (tmp_path / "json.py").touch()
     (tmp_path / "pytest").mkdir()
     (tmp_path / "pytest" / "__init__.py").touch()

@@ -1,4 +1,4 @@
-"""Tables of texts, read row by row."""
+"""Tables of texts are read row by row, and errors name file, row and line."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from tests.support.tables import ENDS, KINDS, TEXT_KINDS, of_texts, write
 TEXTS = ["one", "two, with a comma", 'three "quoted"', "four\nlines\r\n", "", "fünf 🦊", "  six "]
 
 
-def fail(path: Path) -> str:
-    """Return the error that reading the rows of a file raises."""
+def error_of(path: Path) -> str:
+    """Return the message of the error that reading a file raises."""
     with pytest.raises(DataError) as caught:
         list(open_table(path))
     assert str(path) in str(caught.value)
@@ -32,26 +32,25 @@ def fail(path: Path) -> str:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("paired", [False, True])
-def test_rows_come_back_as_they_were(tmp_path: Path, kind: str, paired: bool) -> None:
+def test_rows_are_read_as_they_were_written(tmp_path: Path, kind: str, paired: bool) -> None:
     rows: list[Row] = [(text, text[::-1] if paired else None) for text in TEXTS]
-    found = open_table(write(tmp_path / f"rows.{kind}", of_texts(TEXTS, paired)))
-    assert list(found) == rows
-    assert found.position == found.size > 0
+    table = open_table(write(tmp_path / f"rows.{kind}", of_texts(TEXTS, paired)))
+    assert list(table) == rows
+    assert table.position == table.size > 0
 
 
 @pytest.mark.parametrize("kind", TEXT_KINDS)
-def test_a_file_is_read_as_far_as_it_is_asked_for(tmp_path: Path, kind: str) -> None:
+def test_a_file_is_read_only_as_far_as_needed(tmp_path: Path, kind: str) -> None:
     path = write(tmp_path / f"rows.{kind}", of_texts(["word " * 100] * 20_000))
     rows = open_table(path)
-    drawing = iter(rows)
-    assert len(list(itertools.islice(drawing, 100))) == 100
+    assert len(list(itertools.islice(iter(rows), 100))) == 100
     assert rows.position <= 2 * module.READ_BYTES < rows.size
 
 
 @pytest.mark.parametrize("end", ENDS)
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 @pytest.mark.parametrize("kind", TEXT_KINDS)
-def test_line_ends_may_fall_between_two_reads(
+def test_line_ends_may_be_split_between_two_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, size: int, end: str
 ) -> None:
     monkeypatch.setattr(module, "READ_BYTES", size)
@@ -60,7 +59,7 @@ def test_line_ends_may_fall_between_two_reads(
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_blank_lines_are_no_rows(tmp_path: Path, end: str) -> None:
+def test_blank_lines_are_skipped(tmp_path: Path, end: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(end.join(['{"text": "a"}', "", "  ", '{"text": "b", "n": [1]}']).encode())
     assert [text for text, _ in open_table(path)] == ["a", "b"]
@@ -70,14 +69,14 @@ def test_blank_lines_are_no_rows(tmp_path: Path, end: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_null_pairs_are_no_pairs(tmp_path: Path, kind: str) -> None:
+def test_null_pairs_mean_no_pairs(tmp_path: Path, kind: str) -> None:
     records = [{"text": text, "text_pair": None} for text in TEXTS]
     path = write(tmp_path / f"rows.{kind}", records)
     assert list(open_table(path)) == [(text, None) for text in TEXTS]
 
 
 @pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "dictionary"])
-def test_strings_of_every_type_of_parquet(tmp_path: Path, kind: str) -> None:
+def test_every_string_type_of_parquet_is_read(tmp_path: Path, kind: str) -> None:
     array = pa.array(["b", "a", "b"])
     types = {"large_string": pa.large_string(), "string_view": pa.string_view()}
     column = (
@@ -141,10 +140,12 @@ def test_strings_of_every_type_of_parquet(tmp_path: Path, kind: str) -> None:
         ("rows.csv.gz", b"hello", "not a .parquet, .csv or .jsonl file"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_an_invalid_file_is_refused_with_its_fault(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
     path = tmp_path / name
     path.write_bytes(content)
-    assert message in fail(path)
+    assert message in error_of(path)
 
 
 @pytest.mark.parametrize(
@@ -161,46 +162,46 @@ def test_what_is_wrong_is_named(tmp_path: Path, name: str, content: bytes, messa
         (pa.nulls(2), "null"),
     ],
 )
-def test_a_parquet_column_of_another_type_is_named_with_it(
+def test_a_parquet_column_of_another_type_is_refused(
     tmp_path: Path, column: Any, kind: str
 ) -> None:
     path = tmp_path / "rows.parquet"
     parquet.write_table(pa.table({"text": column}), path)
-    assert f"column 'text' has type {kind}" in fail(path)
+    assert f"column 'text' has type {kind}" in error_of(path)
     if kind != "null":
         parquet.write_table(pa.table({"text": ["a", "b"], "text_pair": column}), path)
-        assert f"column 'text_pair' has type {kind}" in fail(path)
+        assert f"column 'text_pair' has type {kind}" in error_of(path)
 
 
-def test_a_parquet_file_with_two_columns_of_one_name(tmp_path: Path) -> None:
+def test_duplicate_parquet_columns_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     columns = [pa.array(["a"]), pa.array(["b"])]
     parquet.write_table(pa.Table.from_arrays(columns, names=["text", "text"]), path)
-    assert "more than one column 'text'" in fail(path)
+    assert "more than one column 'text'" in error_of(path)
 
 
-def test_a_parquet_string_that_is_not_utf8(tmp_path: Path) -> None:
+def test_invalid_utf8_in_parquet_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     raw = pa.array([b"fine"] * 4 + [b"\xff"])
     column = pa.Array.from_buffers(pa.string(), 5, raw.buffers())
     parquet.write_table(pa.table({"text": column}), path)
-    assert "row 5: " in fail(path)
+    assert "row 5: " in error_of(path)
 
 
 @pytest.mark.parametrize("name", ["none.csv", "none.jsonl", "none.parquet"])
-def test_a_file_that_is_not_there(tmp_path: Path, name: str) -> None:
+def test_a_missing_file_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match=name):
         open_table(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["folder", "folder.csv", "folder.parquet"])
-def test_a_folder_is_no_table(tmp_path: Path, name: str) -> None:
+def test_a_folder_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
     with pytest.raises(DataError, match="a folder; name a"):
         open_table(tmp_path / name)
 
 
-def test_a_table_in_a_folder(tmp_path: Path) -> None:
+def test_find_table_finds_the_only_table_of_a_name(tmp_path: Path) -> None:
     assert find_table(tmp_path, "test") is None
     (tmp_path / "test.txt").touch()
     (tmp_path / "test.more.csv").touch()
@@ -222,7 +223,7 @@ def test_a_table_in_a_folder(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("read", [2**20, 1000])
-def test_a_row_that_would_not_fit_into_memory_is_refused(
+def test_a_row_too_large_for_memory_is_refused(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     name: str,
@@ -233,12 +234,12 @@ def test_a_row_that_would_not_fit_into_memory_is_refused(
     monkeypatch.setattr(module, "READ_BYTES", read)
     path = tmp_path / name
     path.write_bytes(content(10_000))
-    message = fail(path)
+    message = error_of(path)
     assert "10000" in message
     assert "row 1 " in message
 
 
-def test_lines_of_stdin() -> None:
+def test_lines_of_stdin_are_rows() -> None:
     def lines(content: bytes) -> list[Row]:
         return list(lines_of(io.BytesIO(content)))
 

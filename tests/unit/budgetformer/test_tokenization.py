@@ -1,4 +1,4 @@
-"""Texts to tokens: what truncation keeps, what it costs, and the tokenizer's errors and panics."""
+"""Tokenization: truncation equals the tokenizer's, its cost is bounded, errors name the text."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def with_added(content: str) -> Tokenizer:
     return tokenizer
 
 
-def words_alone() -> Tokenizer:
+def word_level() -> Tokenizer:
     tokenizer = Tokenizer(WordLevel({"[UNK]": 0, "the": 1, "to": 2}, "[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return tokenizer
@@ -96,7 +96,7 @@ KINDS: dict[str, Callable[[], Tokenizer]] = {
     "an added token": lambda: with_added("[the]"),
     "an added token with a space": lambda: with_added("to to"),
     "an added token with ideographs": lambda: with_added("\u6f22\u6f22"),
-    "words alone": words_alone,
+    "word-level": word_level,
     "byte-level": lambda: byte_level(add_prefix_space=False),
     "byte-level, prefix space": lambda: byte_level(add_prefix_space=True),
     "byte-level, one word": lambda: byte_level(add_prefix_space=True, use_regex=False),
@@ -118,16 +118,16 @@ TEXTS = st.lists(
     st.tuples(st.sampled_from(PARTS) | st.text(max_size=3), st.integers(1, 30)), max_size=12
 ).map(lambda parts: "".join(part * times for part, times in parts))
 LENGTHS = st.integers(3, 24)
-# Tokens that step 0 reads beyond those of the encoder; below 0: it asks for no more than those.
+# Tokens that step 0 reads beyond those of the encoder; none if negative.
 BEYOND = st.integers(-4, 90)
-# The tokenizer's own truncation of pairs takes time with the square of their length.
+# The tokenizer's own truncation of pairs takes quadratic time.
 SHORTER = TEXTS.map(lambda text: text[:240])
 
 
 @cache
 def truncating(kind: str, side: Side, length: int) -> Tokenizer:
-    """Return a tokenizer that truncates by itself."""
-    tokenizer = _made(kind)
+    """Return a tokenizer with its own truncation enabled."""
+    tokenizer = new_tokenizer(kind)
     tokenizer.no_padding()
     tokenizer.enable_truncation(length, direction=side)
     return tokenizer
@@ -137,31 +137,32 @@ def truncating(kind: str, side: Side, length: int) -> Tokenizer:
 def encoders(
     kind: str, side: Side, length: int, whole: int
 ) -> tuple[Tokenizer, Tokenizer, TextEncoder]:
-    """Return what truncates by itself to `length` and to `whole`, and what is to do both."""
+    """Return tokenizers that truncate to `length` and `whole`, and the encoder that does both."""
     expected = truncating(kind, side, length), truncating(kind, side, max(length, whole))
-    return *expected, TextEncoder(_made(kind), length, side, whole)
+    return *expected, TextEncoder(new_tokenizer(kind), length, side, whole)
 
 
-def _made(kind: str) -> Tokenizer:
-    return Tokenizer.from_str(_written(kind))
+def new_tokenizer(kind: str) -> Tokenizer:
+    return Tokenizer.from_str(tokenizer_json(kind))
 
 
 @cache
-def _written(kind: str) -> str:
+def tokenizer_json(kind: str) -> str:
     return KINDS[kind]().to_str()
 
 
 def check_same(kind: str, side: Side, length: int, beyond: int, texts: list[Text]) -> None:
     window, whole, encoder = encoders(kind, side, length, length + beyond)
-    found = encoder.encode(texts)
+    encoded = encoder.encode(texts)
     expected = zip(window.encode_batch(texts), whole.encode_batch(texts), strict=True)
-    for text, (own, more), tokens in zip(texts, expected, found, strict=True):
-        cut = bool(own.overflowing)
-        assert (tokens.ids, types_of(tokens.ids, tokens.type_ids)) == (own.ids, own.type_ids), text
-        assert tokens.truncated == cut
-        if cut and beyond > 0:
-            assert tokens.full_ids == more.ids
-            assert types_of(more.ids, tokens.full_type_ids) == more.type_ids
+    for text, (short, long), tokens in zip(texts, expected, encoded, strict=True):
+        truncated = bool(short.overflowing)
+        assert tokens.ids == short.ids, text
+        assert types_of(tokens.ids, tokens.type_ids) == short.type_ids, text
+        assert tokens.truncated == truncated
+        if truncated and beyond > 0:
+            assert tokens.full_ids == long.ids
+            assert types_of(long.ids, tokens.full_type_ids) == long.type_ids
         else:
             assert tokens.full_ids is None
 
@@ -182,7 +183,7 @@ def types_of(ids: list[int], types: list[int] | None) -> list[int]:
 @example(side="left", length=9, beyond=50, texts=["the [MASK] to " * 40, "\u6f22" * 90])
 @example(side="right", length=9, beyond=0, texts=["", " " * 400, "a" + " " * 400 + "b", "to " * 90])
 @example(side="right", length=9, beyond=60, texts=["", " " * 400, "a b", "to to " * 90])
-def test_a_text_is_cut_as_the_tokenizer_cuts_it(
+def test_texts_are_truncated_like_the_tokenizer_does(
     kind: str, side: Side, length: int, beyond: int, texts: list[Text]
 ) -> None:
     check_same(kind, side, length, beyond, texts)
@@ -200,18 +201,18 @@ def test_a_text_is_cut_as_the_tokenizer_cuts_it(
 @example(side="left", length=8, beyond=0, pair=("the " * 81, "the to " * 40))
 @example(side="right", length=8, beyond=0, pair=("the " * 80, "the to " * 40))
 @example(side="right", length=16, beyond=0, pair=("the", "the to " * 40))
-# An odd room in the window or in the whole: half of it is rounded up for the longer text.
+# If the window or the whole has an odd number of tokens, the longer text gets one more.
 @example(side="right", length=8, beyond=9, pair=("the to " * 40, "the " * 81))
 @example(side="left", length=9, beyond=9, pair=("the " * 81, "the to " * 40))
 @example(side="right", length=8, beyond=30, pair=("the " * 9, "the to " * 40))
-def test_a_pair_is_cut_as_the_tokenizer_cuts_it(
+def test_pairs_are_truncated_like_the_tokenizer_does(
     kind: str, side: Side, length: int, beyond: int, pair: tuple[str, str]
 ) -> None:
     check_same(kind, side, length, beyond, [pair])
 
 
-class Counting:
-    """A tokenizer that counts the characters that it is given."""
+class CountingTokenizer:
+    """A tokenizer that records the number of characters of each call."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -225,34 +226,36 @@ class Counting:
         return self._tokenizer.encode_batch_fast(texts, **options)
 
 
-def counted(
+def counting_encoder(
     kind: str, side: Side = "right", length: int = 64, whole: int = 0
-) -> tuple[TextEncoder, Counting]:
-    encoder = TextEncoder(_made(kind), length, side, whole)
-    counting = Counting(encoder.tokenizer)
+) -> tuple[TextEncoder, CountingTokenizer]:
+    encoder = TextEncoder(new_tokenizer(kind), length, side, whole)
+    counting = CountingTokenizer(encoder.tokenizer)
     encoder.tokenizer = counting  # type: ignore[assignment]
     return encoder, counting
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("kind", ["small", "byte-level", "ag_news"])
-def test_what_cannot_matter_of_a_text_is_not_read(kind: str, side: Side) -> None:
-    encoder, counting = counted(kind, side)
+def test_only_the_start_or_end_of_a_long_text_is_tokenized(kind: str, side: Side) -> None:
+    encoder, counting = counting_encoder(kind, side)
     encoder.encode(["the crew painted a tug. " * 4000])
     assert sum(counting.calls) < 2000
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_a_text_is_read_as_far_as_step_0_reads_it(side: Side) -> None:
-    encoder, counting = counted("small", side, whole=4096)
+def test_a_long_text_is_tokenized_as_far_as_step_0_needs(side: Side) -> None:
+    encoder, counting = counting_encoder("small", side, whole=4096)
     (tokens,) = encoder.encode(["the crew painted a tug. " * 400_000])
     assert (len(tokens.ids), len(tokens.full_ids or ())) == (64, 4096)
     assert sum(counting.calls) < 2 * STEP_CHARACTERS
     assert max(counting.calls) < STEP_CHARACTERS
 
 
-def test_a_text_that_the_window_holds_costs_no_more_with_a_whole() -> None:
-    (plain, plain_counting), (reading, counting) = (counted("small", whole=n) for n in (0, 4096))
+def test_a_short_text_is_tokenized_once_for_step_0_and_encoder() -> None:
+    (plain, plain_counting), (reading, counting) = (
+        counting_encoder("small", whole=n) for n in (0, 4096)
+    )
     assert plain.encode(["the to"] * 9) == reading.encode(["the to"] * 9)
     assert plain_counting.calls == counting.calls == [54]
 
@@ -262,33 +265,33 @@ def test_a_text_that_the_window_holds_costs_no_more_with_a_whole() -> None:
 @pytest.mark.parametrize(
     "text", ["the " * 25_000, "x" * 100_000, " " * 100_000, "\u6f22" * 100_000]
 )
-def test_no_character_is_read_twice(kind: str, text: str, whole: int) -> None:
-    encoder, counting = counted(kind, whole=whole)
+def test_no_character_is_tokenized_twice(kind: str, text: str, whole: int) -> None:
+    encoder, counting = counting_encoder(kind, whole=whole)
     encoder.encode([(text, text)])
     assert sum(counting.calls) <= 2 * len(text)
 
 
 @pytest.mark.parametrize("whole", [0, 900, 50_000])
-def test_many_texts_are_read_in_bounded_steps(whole: int) -> None:
-    encoder, counting = counted("small", whole=whole)
+def test_many_texts_are_tokenized_in_bounded_steps(whole: int) -> None:
+    encoder, counting = counting_encoder("small", whole=whole)
     texts: list[Text] = ["the to " * 3000, ("to " * 9000, "to " * 8999), "", "the " * 9] * 40
-    found: list[Tokens] = []
+    encoded: list[Tokens] = []
     for step, finished in enumerate(encoder.steps(texts), start=1):
-        found += finished
+        encoded += finished
         assert len(counting.calls) <= step
-    assert len(found) == len(texts)
+    assert len(encoded) == len(texts)
     assert len(counting.calls) > 10
     assert max(counting.calls) <= STEP_CHARACTERS + 10
 
 
-def test_words_are_the_entries_of_the_vocabulary() -> None:
+def test_words_are_entries_of_the_vocabulary() -> None:
     expected, _, encoder = encoders("small", "right", 16, 0)
-    (found,) = encoder.encode(["The crew painted \u2603."])
-    assert encoder.words(found.ids) == expected.encode("The crew painted \u2603.").tokens
+    (tokens,) = encoder.encode(["The crew painted \u2603."])
+    assert encoder.words(tokens.ids) == expected.encode("The crew painted \u2603.").tokens
 
 
-def knows(*words: str) -> Tokenizer:
-    """Return a tokenizer that fails at any other word."""
+def failing_tokenizer(*words: str) -> Tokenizer:
+    """Return a tokenizer that fails at any word but these."""
     tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, "none"))
     tokenizer.pre_tokenizer = Whitespace()
     return tokenizer
@@ -299,19 +302,19 @@ def encode(tokenizer: Tokenizer, texts: list[Text]) -> list[Tokens]:
 
 
 def test_texts_are_tokenized_in_their_order() -> None:
-    found = encode(knows("fog", "otter"), ["otter fog", "fog"])
-    assert [tokens.ids for tokens in found] == [[1, 0], [0]]
+    encoded = encode(failing_tokenizer("fog", "otter"), ["otter fog", "fog"])
+    assert [tokens.ids for tokens in encoded] == [[1, 0], [0]]
 
 
-def test_a_text_that_it_fails_at_is_named_by_its_place_and_not_quoted() -> None:
+def test_an_error_names_the_index_of_the_text_and_does_not_quote_it() -> None:
     with pytest.raises(TokenizerError, match="text 1") as caught:
-        encode(knows("fog"), ["fog", "xyzzy", "fog"])
+        encode(failing_tokenizer("fog"), ["fog", "xyzzy", "fog"])
     assert caught.value.place == 1
     assert "xyzzy" not in str(caught.value)
 
 
-def test_a_panic_is_an_error() -> None:
-    tokenizer = knows("fog")
+def test_a_panic_of_the_tokenizer_is_a_tokenizer_error() -> None:
+    tokenizer = failing_tokenizer("fog")
     tokenizer.pre_tokenizer = FixedLength(length=0)
     with pytest.raises(TokenizerError) as caught:
         encode(tokenizer, ["", "fog"])
@@ -319,6 +322,6 @@ def test_a_panic_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
-def test_what_ends_the_program_is_none(error: type[BaseException]) -> None:
+def test_interrupts_are_not_tokenizer_errors(error: type[BaseException]) -> None:
     with pytest.raises(error), tokenizer_errors():
         raise error

@@ -1,4 +1,4 @@
-"""Many rows: in order, on several processes, and on from wherever a run was stopped."""
+"""Classification of many rows: in order, by several processes, and resumed from a journal."""
 
 from __future__ import annotations
 
@@ -43,28 +43,27 @@ def decoded(lines: bytes) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_answers_are_those_of_the_library_in_the_order_of_the_rows(
-    topics: Path, workers: int
-) -> None:
+def test_answers_equal_the_library_in_the_order_of_the_rows(topics: Path, workers: int) -> None:
     answers = list(classify_rows(asked(topics), iter(ROWS), workers))
     rows = [row for answered in answers for row in decoded(answered.lines)]
     assert [row["text"] for row in rows] == [text for text, _ in ROWS]
     expected = Classifier(topics, precision="float32")([text for text, _ in ROWS])
-    for row, one in zip(rows, expected, strict=True):
-        assert (row["label"], row["budget"], row["macs"]) == (one.label, one.budget, one.macs)
-        assert row["probs"] == pytest.approx(one.probs, rel=1e-4, abs=1e-6)
+    for row, answer in zip(rows, expected, strict=True):
+        actual = (row["label"], row["budget"], row["macs"])
+        assert actual == (answer.label, answer.budget, answer.macs)
+        assert row["probs"] == pytest.approx(answer.probs, rel=1e-4, abs=1e-6)
     assert sum(answered.rows for answered in answers) == len(ROWS)
     assert sum(answered.macs for answered in answers) == sum(row["macs"] for row in rows)
 
 
-def test_pairs(model_store: Path) -> None:
+def test_pairs_are_classified(model_store: Path) -> None:
     rows: list[Row] = [(a, b) for (a, _), (b, _) in zip(ROWS, ROWS[1:], strict=False)]
     answers = classify_rows(asked(model_store / PAIRS / "1"), iter(rows), 2)
     found = [row for answered in answers for row in decoded(answered.lines)]
     assert [(row["text"], row["text_pair"]) for row in found] == rows
 
 
-def test_rows_are_drawn_as_they_are_needed_and_workers_end_with_their_user(topics: Path) -> None:
+def test_rows_are_read_as_needed_and_workers_end_with_the_iterator(topics: Path) -> None:
     drawn = 0
 
     def endless() -> Iterator[Row]:
@@ -82,11 +81,11 @@ def test_rows_are_drawn_as_they_are_needed_and_workers_end_with_their_user(topic
     assert psutil.Process().children() == []
 
 
-def test_no_rows_need_no_network(tmp_path: Path) -> None:
+def test_without_rows_no_checkpoint_is_loaded(tmp_path: Path) -> None:
     assert list(classify_rows(asked(tmp_path / "nothing"), iter(()), 2)) == []
 
 
-def test_what_a_worker_refuses_is_the_callers_error(topics: Path, tmp_path: Path) -> None:
+def test_errors_of_a_worker_are_raised_in_the_caller(topics: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="manifest"):
         next(classify_rows(asked(tmp_path), iter(ROWS), 2))
     with pytest.raises(PolicyError, match="superb"):
@@ -94,7 +93,7 @@ def test_what_a_worker_refuses_is_the_callers_error(topics: Path, tmp_path: Path
     assert psutil.Process().children() == []
 
 
-def test_a_worker_that_dies_is_told_of(topics: Path) -> None:
+def test_a_worker_that_dies_is_an_error(topics: Path) -> None:
     rows = (row for _ in range(1000) for row in ROWS)
     answers = classify_rows(asked(topics), rows, 2)
     next(answers)
@@ -110,11 +109,11 @@ class TestJournal:
         return tmp_path / "answers.jsonl"
 
     def journal(self, output: Path, path: Path, resume: bool = True, **how: Any) -> Journal:
-        given: dict[str, Any] = {"quality": "balanced", "heads": None} | how
-        return Journal(output, read_checkpoint(path), resume=resume, **given)
+        budget: dict[str, Any] = {"quality": "balanced", "heads": None} | how
+        return Journal(output, read_checkpoint(path), resume=resume, **budget)
 
     def begin(self, output: Path, path: Path, chunks: int) -> Path:
-        """Leave what a run leaves that is stopped after so many chunks."""
+        """Return the journal of a run that was stopped after a number of chunks."""
         with self.journal(output, path) as journal:
             answers = classify_rows(asked(path), iter(ROWS), 1)
             for _ in range(chunks):
@@ -131,7 +130,7 @@ class TestJournal:
         return decoded(output.read_bytes())
 
     @pytest.mark.parametrize("cut", [0, 1, 30, -1])
-    def test_a_run_goes_on_wherever_its_last_line_was_torn(
+    def test_a_run_resumes_after_an_incomplete_last_line(
         self, output: Path, topics: Path, tmp_path: Path, cut: int
     ) -> None:
         whole = self.complete(tmp_path / "whole.jsonl", topics)
@@ -143,21 +142,19 @@ class TestJournal:
         assert [row["label"] for row in found] == [row["label"] for row in whole]
         assert not part.exists()
 
-    def test_garbage_at_the_end_is_cut_off(self, output: Path, topics: Path) -> None:
+    def test_invalid_lines_at_the_end_are_dropped(self, output: Path, topics: Path) -> None:
         part = self.begin(output, topics, 2)
         with part.open("ab") as file:
             file.write(b"\0" * 100 + b"\n" + b"\0" * 50)
         assert [row["text"] for row in self.complete(output, topics)] == [t for t, _ in ROWS]
 
-    def test_a_torn_first_line_is_a_run_that_has_not_begun(
-        self, output: Path, topics: Path
-    ) -> None:
+    def test_an_incomplete_first_line_is_an_empty_journal(self, output: Path, topics: Path) -> None:
         part = self.begin(output, topics, 1)
         part.write_bytes(part.read_bytes()[:20])
         with self.journal(output, topics) as journal:
             assert journal.rows == 0
 
-    def test_what_was_written_between_answering_and_deleting(
+    def test_a_journal_left_beside_its_output_gives_the_same_output(
         self, output: Path, topics: Path
     ) -> None:
         part = self.begin(output, topics, 100 // 10)
@@ -167,19 +164,19 @@ class TestJournal:
         assert self.complete(output, topics) == first
 
     @pytest.mark.parametrize("how", [{"quality": "fast"}, {"heads": 2}, {"quality": 1.5}])
-    def test_another_question_is_refused(
+    def test_a_journal_with_other_options_is_refused(
         self, output: Path, topics: Path, how: dict[str, Any]
     ) -> None:
         self.begin(output, topics, 1)
         with pytest.raises(DataError, match=next(iter(how))):
             self.journal(output, topics, **how)
 
-    def test_another_model_is_refused(self, output: Path, topics: Path) -> None:
+    def test_a_journal_of_another_model_is_refused(self, output: Path, topics: Path) -> None:
         self.begin(output, topics, 1)
         with pytest.raises(DataError, match="topics:1"):
             self.journal(output, topics.parent / "1")
 
-    def test_other_rows_are_refused(self, output: Path, topics: Path) -> None:
+    def test_a_journal_of_other_rows_is_refused(self, output: Path, topics: Path) -> None:
         self.begin(output, topics, 1)
         with (
             self.journal(output, topics) as journal,
@@ -187,14 +184,14 @@ class TestJournal:
         ):
             list(journal.remaining(iter([*ROWS[:2], *ROWS[3:]])))
 
-    def test_a_file_of_someone_else_is_left_alone(self, output: Path, topics: Path) -> None:
+    def test_another_kind_of_file_is_kept(self, output: Path, topics: Path) -> None:
         part = output.with_name("answers.jsonl.part")
         part.write_text("my notes\nmore of them\n")
         with pytest.raises(DataError, match="no unfinished run"):
             self.journal(output, topics)
         assert part.read_text() == "my notes\nmore of them\n"
 
-    def test_without_resume_nothing_is_gone_on_with(self, output: Path, topics: Path) -> None:
+    def test_without_resume_existing_files_are_an_error(self, output: Path, topics: Path) -> None:
         self.begin(output, topics, 1)
         with pytest.raises(DataError, match="--resume"):
             self.journal(output, topics, resume=False)
@@ -202,14 +199,14 @@ class TestJournal:
         with pytest.raises(DataError, match="exists"):
             self.journal(output, topics, resume=False)
 
-    def test_two_runs_do_not_write_one_file(self, output: Path, topics: Path) -> None:
+    def test_two_runs_may_not_write_one_file(self, output: Path, topics: Path) -> None:
         with (
             self.journal(output, topics),
             pytest.raises(DataError, match="another run"),
         ):
             self.journal(output, topics)
 
-    def test_a_run_without_an_answer_leaves_nothing(self, output: Path, topics: Path) -> None:
+    def test_a_run_without_answers_leaves_no_file(self, output: Path, topics: Path) -> None:
         with self.journal(output, topics):
             pass
         assert list(output.parent.iterdir()) == []
@@ -217,7 +214,7 @@ class TestJournal:
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 @pytest.mark.parametrize("count", [0, 25])
-def test_every_kind_of_output_holds_the_same(
+def test_every_output_format_has_the_same_rows(
     topics: Path, tmp_path: Path, kind: str, count: int
 ) -> None:
     rows: list[Row] = [(f'{text}, "{i}"\n🦊', None) for i, (text, _) in enumerate(ROWS[:count])]

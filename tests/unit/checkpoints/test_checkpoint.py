@@ -1,3 +1,5 @@
+"""Checkpoints and stores: reading, verification, rules, damaged files, links."""
+
 from __future__ import annotations
 
 import json
@@ -45,7 +47,7 @@ def store(model_store: Path, tmp_path: Path) -> Path:
 
 
 def edit(file: str, /, **changes: Any) -> Damage:
-    """Change, or with None leave out, top-level keys of a JSON file."""
+    """Change top-level keys of a JSON file; None removes a key."""
 
     def damage(folder: Path) -> None:
         content = json.loads((folder / file).read_text()) | changes
@@ -64,7 +66,7 @@ def without(name: str) -> Damage:
 
 
 def rename_in_manifest(new: str) -> Damage:
-    """Let the manifest call the tokenizer's configuration something else."""
+    """Rename the tokenizer's configuration in the manifest."""
 
     def damage(folder: Path) -> None:
         manifest = json.loads((folder / "manifest.json").read_text())
@@ -150,7 +152,7 @@ UNREADABLE = {
     "ladder too short": (edit("config.json", ladder=[[1, 1]]), "", "step"),
     "step beyond the ladder": (with_policy((0, 1, 9)), "manifest.json", "step 9"),
     "chain without its step 0": (with_policy((1, 2)), "manifest.json", "step 0"),
-    "chain dearer than the full step": (with_policy((0, 2, 4)), "manifest.json", "full step"),
+    "chain above the cost of the full step": (with_policy((0, 2, 4)), "manifest.json", "full step"),
     "chain where layers decide": (layerwise_with_policy, "manifest.json", "budget_scope"),
     "chain that falls": (with_policy((0, 2, 1)), "manifest.json", "rise"),
     "layers not a number": (
@@ -171,12 +173,12 @@ DAMAGED = {
     "leaves upwards": (rename_in_manifest("../tokenizer_config.json"), "manifest.json", ".."),
     "leaves to the root": (rename_in_manifest("/etc/passwd"), "manifest.json", "/etc/passwd"),
     "leaves below": (rename_in_manifest("a/b.json"), "manifest.json", "a/b.json"),
-    "names itself upwards": (rename_in_manifest(".."), "", ""),
+    "leaves to the parent": (rename_in_manifest(".."), "", ""),
 }
 
 
-class TestSound:
-    def test_what_it_says_of_itself(self, model_store: Path) -> None:
+class TestValidCheckpoint:
+    def test_its_properties_come_from_manifest_and_configuration(self, model_store: Path) -> None:
         checkpoint = read_checkpoint(model_store / TOPICS / "2")
         assert (checkpoint.name, checkpoint.version, checkpoint.label) == ("topics", 2, "topics:2")
         assert checkpoint.manifest.labels == LABELS
@@ -192,7 +194,7 @@ class TestSound:
         assert checkpoint.manifest.exit_tokens is None
         assert checkpoint.manifest.whole_tokens == MAX_TOKENS
 
-    def test_every_file_is_as_the_manifest_says(self, model_store: Path) -> None:
+    def test_every_checkpoint_of_the_store_can_be_verified(self, model_store: Path) -> None:
         for versions in read_store(model_store).checkpoints.values():
             for checkpoint in versions:
                 checkpoint.verify()
@@ -204,15 +206,15 @@ class TestSound:
                 }
                 assert (checkpoint.path / "README.md").is_file()
 
-    def test_it_loads_with_the_automatic_classes(self, model_store: Path) -> None:
+    def test_the_auto_classes_load_it(self, model_store: Path) -> None:
         path = model_store / TOPICS / "1"
         assert AutoConfig.from_pretrained(path).model_type == "budgetformer"
         model = AutoModelForSequenceClassification.from_pretrained(path)
         assert type(model).__name__ == "BudgetFormerForSequenceClassification"
 
     @pytest.mark.parametrize("name", [f"{TOPICS}/1", f"{PICKY}/1"])
-    def test_each_weight_is_held_once(self, model_store: Path, name: str) -> None:
-        """Tables as they are in the file, all else in float32."""
+    def test_loading_keeps_each_weight_once(self, model_store: Path, name: str) -> None:
+        """Tables keep the type of the file; all other weights are float32."""
         folder = model_store / name
         weights = load_file(folder / "model.safetensors")
         tables = [w for n, w in weights.items() if n.startswith("encoder.embeddings.")]
@@ -225,7 +227,7 @@ class TestSound:
         assert network.nbytes == everything + kept
 
     @pytest.mark.parametrize("side", ["right", "left"])
-    def test_its_tokenizer_cuts_at_the_end_that_the_manifest_names(
+    def test_the_tokenizer_truncates_on_the_side_of_the_manifest(
         self, store: Path, side: str
     ) -> None:
         path = store / TOPICS / "1"
@@ -240,7 +242,7 @@ class TestSound:
         kept, cut = (last, first) if side == "right" else (first, last)
         assert len(set(kept.ids)) > len(set(cut.ids))
 
-    def test_a_manifest_is_written_whole_and_reads_back(self, store: Path) -> None:
+    def test_a_manifest_is_read_as_it_was_written(self, store: Path) -> None:
         path = store / TOPICS / "1"
         manifest = read_checkpoint(path).manifest
         write_manifest(path, manifest.model_copy(update={"metrics": {"x": 1.0}}))
@@ -250,13 +252,13 @@ class TestSound:
 
 class TestRule:
     @pytest.mark.parametrize(("heads", "step"), [(0, 0), (1, 1), (3, 3), (4, 4)])
-    def test_fixed_heads_are_a_step(self, model_store: Path, heads: int, step: int) -> None:
+    def test_fixed_heads_select_a_step(self, model_store: Path, heads: int, step: int) -> None:
         rule = read_checkpoint(model_store / TOPICS / "1").rule(heads=heads)
         assert rule.fixed == step
 
     @pytest.mark.parametrize("field", ["heads", "max_heads"])
     @pytest.mark.parametrize("value", [-1, HEADS + 1, 1000])
-    def test_heads_beyond_the_network_are_refused(
+    def test_heads_outside_the_network_are_refused(
         self, model_store: Path, field: str, value: int
     ) -> None:
         checkpoint = read_checkpoint(model_store / TOPICS / "1")
@@ -264,16 +266,16 @@ class TestRule:
             checkpoint.rule(**{field: value})
 
     @pytest.mark.parametrize("field", ["heads", "max_heads"])
-    def test_no_heads_need_a_step_0(self, model_store: Path, field: str) -> None:
+    def test_zero_heads_require_step_0(self, model_store: Path, field: str) -> None:
         with pytest.raises(PolicyError, match=field):
             read_checkpoint(model_store / PICKY / "1").rule(**{field: 0})
 
-    def test_an_uneven_ladder_gives_the_largest_step_that_fits(self, store: Path) -> None:
+    def test_heads_select_the_largest_fitting_step_of_an_uneven_ladder(self, store: Path) -> None:
         edit("config.json", ladder=[[0, 1], [1, 2], [4, 1], [4, 4]])(store / TOPICS / "1")
         checkpoint = read_checkpoint(store / TOPICS / "1")
         assert [checkpoint.rule(heads=k).fixed for k in range(HEADS + 1)] == [0, 1, 2, 2, 4]
 
-    def test_a_policys_rules_are_its_chain_with_a_threshold(self, store: Path) -> None:
+    def test_a_policy_gives_rules_with_its_chain_and_a_threshold(self, store: Path) -> None:
         with_policy((0, 1, 2))(store / TOPICS / "1")
         checkpoint = read_checkpoint(store / TOPICS / "1")
         fast, between = checkpoint.rule("fast"), checkpoint.rule(1.0, max_heads=1)
@@ -285,7 +287,7 @@ class TestRule:
         assert between.level.threshold == pytest.approx(0.7)
         assert checkpoint.rule(None).level is None
 
-    def test_both_forms_say_what_their_levels_reach(self, store: Path) -> None:
+    def test_operating_points_and_policies_both_have_named_levels(self, store: Path) -> None:
         old = read_checkpoint(store / TOPICS / "1").manifest
         with_policy((0, 1, 2))(store / TOPICS / "1")
         new = read_checkpoint(store / TOPICS / "1").manifest
@@ -299,7 +301,7 @@ class TestRule:
 
 class TestDamage:
     @pytest.mark.parametrize("kind", UNREADABLE)
-    def test_what_cannot_be_read_is_one_line_and_the_rest_stands(
+    def test_an_unreadable_version_is_one_line_and_the_others_are_read(
         self, store: Path, kind: str
     ) -> None:
         damage, file, cause = UNREADABLE[kind]
@@ -314,7 +316,9 @@ class TestDamage:
         assert found.latest(TOPICS).version == 1
 
     @pytest.mark.parametrize("kind", DAMAGED)
-    def test_what_differs_from_the_manifest_is_one_line(self, store: Path, kind: str) -> None:
+    def test_verify_reports_a_difference_from_the_manifest_in_one_line(
+        self, store: Path, kind: str
+    ) -> None:
         damage, file, cause = DAMAGED[kind]
         damage(store / TOPICS / "2")
         checkpoint = read_checkpoint(store / TOPICS / "2")
@@ -323,7 +327,9 @@ class TestDamage:
         assert_one_line(str(caught.value), str(store / TOPICS / "2"), file, cause)
 
     @pytest.mark.parametrize("kind", DAMAGED)
-    def test_what_differs_from_the_manifest_is_never_loaded(self, store: Path, kind: str) -> None:
+    def test_a_checkpoint_that_differs_from_its_manifest_is_not_loaded(
+        self, store: Path, kind: str
+    ) -> None:
         DAMAGED[kind][0](store / TOPICS / "2")
         with pytest.raises(CheckpointError):
             load_network(read_checkpoint(store / TOPICS / "2"))
@@ -337,7 +343,7 @@ class TestDamage:
         assert_one_line(problem, str(store / folder), "topics:2")
 
     @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\xff", b'{"version": "1.0"}'])
-    def test_a_file_that_is_no_tokenizer(self, store: Path, content: bytes) -> None:
+    def test_an_invalid_tokenizer_is_one_line(self, store: Path, content: bytes) -> None:
         path = store / TOPICS / "2" / "tokenizer.json"
         path.write_bytes(content)
         sign(path.parent)
@@ -345,7 +351,7 @@ class TestDamage:
             load_tokenizer(read_checkpoint(path.parent))
         assert_one_line(str(caught.value), str(path))
 
-    def test_a_tokenizer_that_panics_as_it_is_read(self, store: Path) -> None:
+    def test_a_tokenizer_that_panics_is_one_line(self, store: Path) -> None:
         folder = store / TOPICS / "2"
         edit("tokenizer.json", model=PANICS)(folder)
         sign(folder)
@@ -353,13 +359,13 @@ class TestDamage:
             load_tokenizer(read_checkpoint(folder))
         assert_one_line(str(caught.value), str(folder / "tokenizer.json"))
 
-    def test_a_tokenizer_that_is_not_the_manifests(self, store: Path) -> None:
+    def test_a_changed_tokenizer_is_refused(self, store: Path) -> None:
         edit("tokenizer.json", pre_tokenizer=None)(store / TOPICS / "2")
         with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
             load_tokenizer(read_checkpoint(store / TOPICS / "2"))
 
     @pytest.mark.parametrize("change", [Path.unlink, lambda path: path.write_bytes(b"\0" * 99)])
-    def test_weights_that_change_between_check_and_use_are_not_used(
+    def test_weights_changed_after_verification_are_not_used(
         self, store: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]
     ) -> None:
         verify = Checkpoint.verify
@@ -375,14 +381,14 @@ class TestDamage:
 
 
 class TestDamagedWeights:
-    """Weights that the manifest vouches for, and that still do not fit."""
+    """Weights that agree with the manifest but not with the network."""
 
     @pytest.fixture
     def folder(self, store: Path) -> Path:
         return store / TOPICS / "2"
 
     def refusal(self, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> str:
-        """Sign what is there, and return why it is not loaded."""
+        """Update the manifest, and return the message that refuses the checkpoint."""
         if weights is not None:
             save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         sign(folder)
@@ -390,32 +396,32 @@ class TestDamagedWeights:
             load_network(read_checkpoint(folder))
         return str(caught.value)
 
-    def test_a_missing_weight(self, folder: Path) -> None:
+    def test_a_missing_weight_is_named(self, folder: Path) -> None:
         weights = load_file(folder / "model.safetensors")
         name = sorted(weights)[0]
         del weights[name]
         assert_one_line(self.refusal(folder, weights), "model.safetensors", "missing", name)
 
     @pytest.mark.parametrize("name", ["stray.weight", "stray.weight\n\r"])
-    def test_a_weight_too_many(self, folder: Path, name: str) -> None:
+    def test_an_unexpected_weight_is_named(self, folder: Path, name: str) -> None:
         weights = load_file(folder / "model.safetensors") | {name: torch.zeros(2)}
         message = self.refusal(folder, weights)
         assert_one_line(message, "model.safetensors", "unexpected", "stray.weight")
 
-    def test_a_weight_of_another_shape(self, folder: Path) -> None:
+    def test_a_weight_of_another_shape_is_named(self, folder: Path) -> None:
         weights = load_file(folder / "model.safetensors")
         name = next(name for name in sorted(weights) if weights[name].ndim == 2)
         weights[name] = weights[name][:1].clone()
         assert_one_line(self.refusal(folder, weights), str(folder), name)
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-    def test_a_weight_that_is_no_number(self, folder: Path, value: float) -> None:
+    def test_a_weight_that_is_not_finite_is_refused(self, folder: Path, value: float) -> None:
         weights = load_file(folder / "model.safetensors")
         weights[sorted(weights)[0]].view(-1)[0] = value
         assert_one_line(self.refusal(folder, weights), "model.safetensors", "finite")
 
     @pytest.mark.parametrize("content", [b"", b"\x08\x00\x00\x00\x00\x00\x00\x00{}", b"\x80\x04."])
-    def test_a_file_of_another_kind(self, folder: Path, content: bytes) -> None:
+    def test_another_kind_of_file_is_refused(self, folder: Path, content: bytes) -> None:
         (folder / "model.safetensors").write_bytes(content)
         assert_one_line(self.refusal(folder), str(folder))
 
@@ -431,7 +437,9 @@ class TestDamagedWeights:
         ],
         ids=lambda changes: next(iter(changes)),
     )
-    def test_a_configuration_that_does_not_fit(self, folder: Path, changes: dict[str, Any]) -> None:
+    def test_a_configuration_that_does_not_fit_is_refused(
+        self, folder: Path, changes: dict[str, Any]
+    ) -> None:
         points = read_checkpoint(folder).manifest.model_copy(
             update={"policy": None, "operating_points": ()}
         )
@@ -439,23 +447,23 @@ class TestDamagedWeights:
         edit("config.json", **changes)(folder)
         assert_one_line(self.refusal(folder), str(folder))
 
-    def test_labels_that_are_not_as_many_as_the_networks(self, folder: Path) -> None:
+    def test_another_number_of_labels_is_refused(self, folder: Path) -> None:
         manifest = read_checkpoint(folder).manifest
         write_manifest(folder, manifest.model_copy(update={"labels": LABELS[:2]}))
         assert_one_line(self.refusal(folder), str(folder), "labels")
 
-    def test_more_tokens_than_the_network_has_positions(self, folder: Path) -> None:
+    def test_max_tokens_above_the_positions_is_refused(self, folder: Path) -> None:
         manifest = read_checkpoint(folder).manifest
         write_manifest(folder, manifest.model_copy(update={"max_tokens": MAX_TOKENS + 1}))
         assert_one_line(self.refusal(folder), str(folder), "max_tokens")
 
     @pytest.mark.parametrize("tokens", [0, -1, MAX_TOKENS - 1])
-    def test_step_0_reads_no_less_than_the_encoder(self, folder: Path, tokens: int) -> None:
+    def test_exit_tokens_below_max_tokens_is_refused(self, folder: Path, tokens: int) -> None:
         manifest = read_checkpoint(folder).manifest
         write_manifest(folder, manifest.model_copy(update={"exit_tokens": tokens}))
         assert_one_line(self.refusal(folder), str(folder), "exit_tokens")
 
-    def test_ranges_of_more_layers_than_the_network_has(self, folder: Path) -> None:
+    def test_ranges_of_another_number_of_layers_are_refused(self, folder: Path) -> None:
         manifest = read_checkpoint(folder).manifest
         ranges = manifest.ranges * 2
         write_manifest(folder, manifest.model_copy(update={"ranges": ranges}))
@@ -463,13 +471,13 @@ class TestDamagedWeights:
 
 
 class TestPrecision:
-    def test_int8_takes_the_ranges_that_training_measured(self, store: Path) -> None:
+    def test_training_measures_ranges_for_int8(self, store: Path) -> None:
         checkpoint = read_checkpoint(store / TOPICS / "2")
         assert len(checkpoint.manifest.ranges) == LAYERS
         assert load_network(checkpoint, precision="int8").precision == "int8"
 
     @pytest.mark.parametrize("precision", ["int8", "float32", "auto"])
-    def test_without_ranges_there_is_all_but_int8(self, store: Path, precision: Precision) -> None:
+    def test_without_ranges_only_int8_is_refused(self, store: Path, precision: Precision) -> None:
         folder = store / TOPICS / "2"
         edit("manifest.json", ranges=None)(folder)
         checkpoint = read_checkpoint(folder)
@@ -482,32 +490,32 @@ class TestPrecision:
 
 
 class TestStore:
-    def test_versions_rise_by_number(self, store: Path) -> None:
+    def test_versions_are_sorted_by_number(self, store: Path) -> None:
         shutil.copytree(store / "topics/2", store / "topics/10")
         edit("manifest.json", version=10)(store / "topics/10")
         assert [c.version for c in read_store(store).checkpoints[TOPICS]] == [1, 2, 10]
         assert read_store(store).latest(TOPICS).version == 10
 
-    def test_what_is_no_version_folder_is_none_of_its_business(self, store: Path) -> None:
+    def test_other_files_and_folders_are_ignored(self, store: Path) -> None:
         (store / TOPICS / ".3.work").mkdir()
         (store / TOPICS / "notes").mkdir()
         (store / "README.md").write_text("models")
         assert read_store(store).errors == []
 
-    def test_an_empty_store(self, tmp_path: Path) -> None:
+    def test_an_empty_store_has_no_checkpoints(self, tmp_path: Path) -> None:
         assert read_store(tmp_path).checkpoints == {}
 
-    def test_no_store(self, tmp_path: Path) -> None:
+    def test_a_missing_store_is_an_error(self, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="no such folder"):
             read_store(tmp_path / "none")
 
-    def test_a_model_that_is_not_there(self, store: Path) -> None:
+    def test_a_missing_model_is_an_error(self, store: Path) -> None:
         with pytest.raises(CheckpointError, match="'nothing'"):
             read_store(store).latest("nothing")
 
 
 class TestLinks:
-    def test_a_version_that_leads_out_of_the_store_is_reported(
+    def test_a_version_linked_outside_the_store_is_reported(
         self, store: Path, tmp_path: Path
     ) -> None:
         shutil.move(store / "topics/2", tmp_path / "elsewhere")
@@ -517,7 +525,9 @@ class TestLinks:
         assert_one_line(problem, str(store / "topics/2"), "is a link to a folder outside the store")
         assert found.latest(TOPICS).version == 1
 
-    def test_so_is_a_model(self, store: Path, tmp_path: Path) -> None:
+    def test_a_model_linked_outside_the_store_is_reported(
+        self, store: Path, tmp_path: Path
+    ) -> None:
         shutil.move(store / "topics", tmp_path / "elsewhere")
         (store / "topics").symlink_to(tmp_path / "elsewhere")
         found = read_store(store)
@@ -527,7 +537,7 @@ class TestLinks:
     @pytest.mark.parametrize(
         "name", ["manifest.json", "config.json", "model.safetensors", "tokenizer.json"]
     )
-    def test_a_file_that_leads_out_of_its_folder_is_never_loaded(
+    def test_a_file_linked_outside_its_folder_is_not_loaded(
         self, store: Path, tmp_path: Path, name: str
     ) -> None:
         folder = store / "topics/2"
@@ -544,7 +554,7 @@ class TestLinks:
         read_checkpoint(folder).verify()
 
     @pytest.mark.parametrize("name", ["..", "x" * 300, "a\x00b", "a/b", ""])
-    def test_a_file_name_that_no_folder_holds(self, store: Path, name: str) -> None:
+    def test_an_invalid_file_name_in_the_manifest_is_refused(self, store: Path, name: str) -> None:
         folder = store / "topics/2"
         manifest = read_checkpoint(folder).manifest
         entry = manifest.files["config.json"]
@@ -554,7 +564,7 @@ class TestLinks:
         with pytest.raises(CheckpointError):
             read_checkpoint(folder).verify()
 
-    def test_a_pipe_is_not_waited_for(self, store: Path) -> None:
+    def test_a_pipe_does_not_block_reading(self, store: Path) -> None:
         path = store / "topics/2/manifest.json"
         path.unlink()
         os.mkfifo(path)
@@ -562,18 +572,20 @@ class TestLinks:
             read_checkpoint(path.parent)
 
 
-def test_networks_that_load_at_once_leave_others_their_first_weights(model_store: Path) -> None:
-    """Weights that come from a file are not drawn, which is nobody else's concern."""
+def test_loading_in_threads_does_not_affect_the_initial_weights_of_others(
+    model_store: Path,
+) -> None:
+    """Loading skips the initialization of weights, but only for its own network."""
     checkpoint = read_checkpoint(model_store / TOPICS / "1")
     stop = threading.Event()
-    drawn: list[bool] = []
+    initialized: list[bool] = []
 
     def draw() -> None:
         while not stop.is_set():
             with torch.no_grad():
-                waste = torch.full((16, 16), 7.0)  # for what is not drawn to find in memory
-                del waste
-            drawn.append(bool((nn.Linear(16, 16).weight.abs() <= 0.25).all()))
+                # Weights without initialization would reuse this memory.
+                torch.full((16, 16), 7.0)
+            initialized.append(bool((nn.Linear(16, 16).weight.abs() <= 0.25).all()))
 
     with ThreadPoolExecutor(5) as pool:
         drawing = pool.submit(draw)
@@ -581,5 +593,5 @@ def test_networks_that_load_at_once_leave_others_their_first_weights(model_store
             loaded.result()
         stop.set()
         drawing.result()
-    assert all(drawn)
+    assert all(initialized)
     assert nn.Linear.reset_parameters.__qualname__ == "Linear.reset_parameters"

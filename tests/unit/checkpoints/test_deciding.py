@@ -1,4 +1,4 @@
-"""What decides budgets, read from a checkpoint folder without torch."""
+"""Deciders loaded from a checkpoint without torch: equal decisions, shared tables, checks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TEXTS = [text for text, _ in labelled_sentences()]
 
 @pytest.mark.parametrize("model", [f"{CHAINED}/1", f"{TOPICS}/2", "tags/1", "pairs/1"])
 @pytest.mark.parametrize("shares", [False, True])
-def test_every_text_is_decided_as_the_network_decides(
+def test_decisions_equal_those_of_the_network(
     model_store: Path, tmp_path: Path, model: str, shares: bool
 ) -> None:
     checkpoint = read_checkpoint(model_store / model)
@@ -45,7 +45,7 @@ def test_every_text_is_decided_as_the_network_decides(
         assert np.abs(decided.exit_logits - items.exit_logits).max() < 1e-6
 
 
-def test_processes_hold_the_tables_once(model_store: Path, tmp_path: Path) -> None:
+def test_tables_are_mapped_from_one_file(model_store: Path, tmp_path: Path) -> None:
     checkpoint = read_checkpoint(model_store / CHAINED / "1")
     first, second = (load_decider(checkpoint, tmp_path) for _ in range(2))
     assert first is not None
@@ -59,7 +59,7 @@ def test_processes_hold_the_tables_once(model_store: Path, tmp_path: Path) -> No
     assert len(set(mapped)) == 1
 
 
-def test_tables_that_nobody_uses_are_let_go(model_store: Path, tmp_path: Path) -> None:
+def test_unused_tables_are_released(model_store: Path, tmp_path: Path) -> None:
     checkpoint = read_checkpoint(model_store / CHAINED / "1")
     deciders = [load_decider(checkpoint, tmp_path) for _ in range(2)]
     (link,) = tmp_path.glob("*-step0")
@@ -73,7 +73,7 @@ def test_tables_that_nobody_uses_are_let_go(model_store: Path, tmp_path: Path) -
     assert "-step0" not in Path("/proc/self/maps").read_text()
 
 
-def test_the_tables_of_a_mapped_file_cannot_be_written(model_store: Path, tmp_path: Path) -> None:
+def test_mapped_tables_are_read_only(model_store: Path, tmp_path: Path) -> None:
     decider = load_decider(read_checkpoint(model_store / CHAINED / "1"), tmp_path)
     assert decider is not None
     assert decider.step0 is not None
@@ -83,7 +83,7 @@ def test_the_tables_of_a_mapped_file_cannot_be_written(model_store: Path, tmp_pa
 
 @pytest.fixture
 def folder(model_store: Path, tmp_path: Path) -> Path:
-    """Return the folder of a checkpoint that a test may change."""
+    """Return the folder of a copied checkpoint, for a test to change."""
     return shutil.copytree(model_store / CHAINED / "1", tmp_path / CHAINED / "1")
 
 

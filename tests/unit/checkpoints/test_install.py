@@ -1,4 +1,4 @@
-"""`budgetformer models add`: whole and verified, or not at all."""
+"""`budgetformer models add` adds complete, verified checkpoints or leaves the store unchanged."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from budgetformer.checkpoint.install import install, sources
+from budgetformer.checkpoint.manifest import file_entries, write_manifest
 from budgetformer.checkpoint.store import read_checkpoint, read_store
 from budgetformer.errors import CheckpointError
 from tests.support.stores import TOPICS
@@ -23,7 +24,7 @@ from tests.support.stores import TOPICS
 
 @pytest.fixture
 def checkpoint(model_store: Path, tmp_path: Path) -> Path:
-    """Return a checkpoint that a test may damage."""
+    """Return a copied checkpoint, for a test to damage."""
     return Path(shutil.copytree(model_store / TOPICS / "2", tmp_path / "given"))
 
 
@@ -46,7 +47,7 @@ def zipped(folder: Path, path: Path, under: str = "") -> Path:
 
 
 def refused(source: Any, store: Path, **how: Any) -> str:
-    """Return why a source is refused; the store is as it was."""
+    """Return the message that refuses a source, and check that the store is unchanged."""
     before = sorted(store.rglob("*"))
     with pytest.raises(CheckpointError) as caught:
         install(str(source), store, **how)
@@ -55,7 +56,7 @@ def refused(source: Any, store: Path, **how: Any) -> str:
     return str(caught.value)
 
 
-WAYS: dict[str, Callable[[Path, Path], Path]] = {
+FORMATS: dict[str, Callable[[Path, Path], Path]] = {
     "folder": lambda folder, _: folder,
     "tar": lambda folder, scratch: tarred(folder, scratch / "it.tar"),
     "tar.gz": lambda folder, scratch: tarred(folder, scratch / "it.gz", "topics/2"),
@@ -65,12 +66,12 @@ WAYS: dict[str, Callable[[Path, Path], Path]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_checkpoint_arrives_as_it_was(
-    checkpoint: Path, store: Path, tmp_path: Path, way: str
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_checkpoint_is_added_unchanged(
+    checkpoint: Path, store: Path, tmp_path: Path, form: str
 ) -> None:
-    (checkpoint / "notes.txt").write_text("no part of it")
-    added = install(str(WAYS[way](checkpoint, tmp_path)), store)
+    (checkpoint / "notes.txt").write_text("not a file of the checkpoint")
+    added = install(str(FORMATS[form](checkpoint, tmp_path)), store)
     assert (added.label, added.path) == ("topics:2", store / TOPICS / "2")
     added.verify()
     assert added.manifest == read_checkpoint(checkpoint).manifest
@@ -79,10 +80,10 @@ def test_a_checkpoint_arrives_as_it_was(
     assert [p.name for p in store.iterdir()] == [TOPICS]
 
 
-def test_versions(checkpoint: Path, store: Path) -> None:
+def test_the_version_is_its_own_or_the_next_or_the_given_one(checkpoint: Path, store: Path) -> None:
     source = str(checkpoint)
-    assert install(source, store).version == 2  # its own
-    assert install(source, store).version == 3  # the next
+    assert install(source, store).version == 2  # the version in its manifest
+    assert install(source, store).version == 3  # the next free version
     assert install(source, store, version=9).version == 9
     assert install(source, store, version=1).version == 1
     assert "--version" in refused(source, store, version=9)
@@ -91,7 +92,7 @@ def test_versions(checkpoint: Path, store: Path) -> None:
     assert [c.version for c in found.checkpoints[TOPICS]] == [1, 2, 3, 9]
 
 
-def test_a_damaged_file(checkpoint: Path, store: Path) -> None:
+def test_a_damaged_or_missing_file_is_refused(checkpoint: Path, store: Path) -> None:
     path = checkpoint / "tokenizer.json"
     path.write_bytes(path.read_bytes().replace(b"a", b"b", 1))
     assert "sha256 differs" in refused(checkpoint, store)
@@ -99,7 +100,7 @@ def test_a_damaged_file(checkpoint: Path, store: Path) -> None:
     assert "tokenizer.json: missing" in refused(checkpoint, store)
 
 
-def test_a_file_longer_than_the_manifest_says(checkpoint: Path, store: Path) -> None:
+def test_a_file_larger_than_in_the_manifest_is_refused(checkpoint: Path, store: Path) -> None:
     with (checkpoint / "config.json").open("ab") as file:
         file.write(b" ")
     assert "config.json is larger than" in refused(checkpoint, store)
@@ -108,7 +109,9 @@ def test_a_file_longer_than_the_manifest_says(checkpoint: Path, store: Path) -> 
 @pytest.mark.parametrize(
     "name", ["../evil.json", "/tmp/evil.json", "a/b.json", "..", "manifest.json"]
 )
-def test_a_manifest_that_names_files_elsewhere(checkpoint: Path, store: Path, name: str) -> None:
+def test_a_manifest_with_paths_outside_its_folder_is_refused(
+    checkpoint: Path, store: Path, name: str
+) -> None:
     path = checkpoint / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["files"][name] = {"sha256": "0" * 64, "bytes": 1}
@@ -116,7 +119,7 @@ def test_a_manifest_that_names_files_elsewhere(checkpoint: Path, store: Path, na
     assert "leaves the folder" in refused(checkpoint, store)
 
 
-def test_a_manifest_of_absurd_sizes(checkpoint: Path, store: Path) -> None:
+def test_a_manifest_with_too_large_files_is_refused(checkpoint: Path, store: Path) -> None:
     path = checkpoint / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["files"]["model.safetensors"]["bytes"] = 10**15
@@ -124,10 +127,8 @@ def test_a_manifest_of_absurd_sizes(checkpoint: Path, store: Path) -> None:
     assert "too large" in refused(checkpoint, store)
 
 
-def test_a_network_that_cannot_be_loaded(checkpoint: Path, store: Path) -> None:
-    """The manifest is right about its files, and they are wrong."""
-    from budgetformer.checkpoint.manifest import file_entries, write_manifest
-
+def test_a_network_that_cannot_be_loaded_is_refused(checkpoint: Path, store: Path) -> None:
+    """The files agree with the manifest, but not with each other."""
     config = json.loads((checkpoint / "config.json").read_text())
     config["intermediate_size"] *= 2
     (checkpoint / "config.json").write_text(json.dumps(config))
@@ -137,17 +138,19 @@ def test_a_network_that_cannot_be_loaded(checkpoint: Path, store: Path) -> None:
     assert "mismatched" in refused(checkpoint, store)
 
 
-@pytest.mark.parametrize("what", ["empty", "not an archive", "nothing"])
-def test_what_holds_no_checkpoint(store: Path, tmp_path: Path, what: str) -> None:
+@pytest.mark.parametrize("kind", ["empty folder", "not an archive", "nothing"])
+def test_a_source_without_a_checkpoint_is_refused(store: Path, tmp_path: Path, kind: str) -> None:
     path = tmp_path / "it"
-    if what == "empty":
+    if kind == "empty folder":
         path.mkdir()
-    elif what == "not an archive":
+    elif kind == "not an archive":
         path.write_bytes(b"hello" * 1000)
     assert str(path) in refused(path, store)
 
 
-def test_an_archive_of_two_checkpoints(checkpoint: Path, store: Path, tmp_path: Path) -> None:
+def test_an_archive_of_two_checkpoints_is_refused(
+    checkpoint: Path, store: Path, tmp_path: Path
+) -> None:
     with tarfile.open(tmp_path / "two.tar", "w") as tar:
         tar.add(checkpoint, "a")
         tar.add(checkpoint, "b")
@@ -173,11 +176,11 @@ UNSAFE = {
 }
 
 
-@pytest.mark.parametrize("what", UNSAFE)
-def test_an_unsafe_tar_is_refused(checkpoint: Path, store: Path, tmp_path: Path, what: str) -> None:
+@pytest.mark.parametrize("kind", UNSAFE)
+def test_an_unsafe_tar_is_refused(checkpoint: Path, store: Path, tmp_path: Path, kind: str) -> None:
     path = tmp_path / "it.tar"
     with tarfile.open(path, "w") as tar:
-        tar.addfile(UNSAFE[what], io.BytesIO())
+        tar.addfile(UNSAFE[kind], io.BytesIO())
         tar.add(checkpoint, ".")
     line = refused(path, store)
     assert "leaves the archive" in line or "neither a file nor a folder" in line
@@ -202,7 +205,7 @@ def test_a_link_in_a_zip_is_refused(checkpoint: Path, store: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("kind", ["gz", "zip"])
-def test_a_file_that_unpacks_to_more_than_it_says_is_not_unpacked(
+def test_a_file_that_unpacks_to_more_than_in_the_manifest_is_refused(
     checkpoint: Path, store: Path, tmp_path: Path, kind: str
 ) -> None:
     with (checkpoint / "config.json").open("ab") as file:
@@ -213,7 +216,7 @@ def test_a_file_that_unpacks_to_more_than_it_says_is_not_unpacked(
     assert "config.json is larger than" in refused(path, store)
 
 
-def test_an_archive_that_unpacks_to_too_much(
+def test_an_archive_that_unpacks_to_too_much_is_refused(
     checkpoint: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (checkpoint / "zeros").write_bytes(bytes(10_000_000))
@@ -222,7 +225,7 @@ def test_an_archive_that_unpacks_to_too_much(
     assert "unpacks to more than" in refused(path, store)
 
 
-def test_an_archive_of_too_many_files(
+def test_an_archive_of_too_many_files_is_refused(
     checkpoint: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sources, "MAX_MEMBERS", 3)
@@ -231,7 +234,9 @@ def test_an_archive_of_too_many_files(
 
 
 @pytest.mark.parametrize("kind", ["gz", "zip", "tar"])
-def test_a_truncated_archive(checkpoint: Path, store: Path, tmp_path: Path, kind: str) -> None:
+def test_a_truncated_archive_is_refused(
+    checkpoint: Path, store: Path, tmp_path: Path, kind: str
+) -> None:
     path = (zipped if kind == "zip" else tarred)(checkpoint, tmp_path / f"it.{kind}")
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert str(path) in refused(path, store)
@@ -239,7 +244,7 @@ def test_a_truncated_archive(checkpoint: Path, store: Path, tmp_path: Path, kind
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[str]:
-    """Return the URL of a web server over a folder, with a redirect."""
+    """Return the URL of a web server that serves a folder, and redirects from /moved."""
     (tmp_path / "site").mkdir()
 
     class Handler(http.server.SimpleHTTPRequestHandler):
@@ -266,26 +271,26 @@ def site(tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("prefix", ["", "/moved"])
-def test_an_archive_on_the_web(
+def test_an_archive_is_downloaded_with_progress(
     checkpoint: Path, store: Path, tmp_path: Path, site: str, prefix: str
 ) -> None:
     path = tarred(checkpoint, tmp_path / "site" / "it.gz")
-    told: list[tuple[int, int | None]] = []
+    progress: list[tuple[int, int | None]] = []
     added = install(
-        f"{site}{prefix}/it.gz", store, tell=lambda done, total: told.append((done, total))
+        f"{site}{prefix}/it.gz", store, tell=lambda done, total: progress.append((done, total))
     )
     assert added.label == "topics:2"
-    assert told[-1] == (path.stat().st_size, path.stat().st_size)
+    assert progress[-1] == (path.stat().st_size, path.stat().st_size)
     assert [p.name for p in store.iterdir()] == [TOPICS]
 
 
-def test_what_the_web_does_not_have(store: Path, site: str) -> None:
+def test_unavailable_urls_are_one_line(store: Path, site: str) -> None:
     assert "404" in refused(f"{site}/nothing.zip", store)
     assert "127.0.0.1:9" in refused("http://127.0.0.1:9/it.zip", store)
     assert "http://" in refused("http://", store)
 
 
-def test_an_endless_download_ends(
+def test_a_download_above_the_size_limit_is_refused(
     checkpoint: Path, store: Path, tmp_path: Path, site: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tarred(checkpoint, tmp_path / "site" / "it.tar")
@@ -294,7 +299,7 @@ def test_an_endless_download_ends(
 
 
 @pytest.mark.parametrize("archived", [True, False])
-def test_a_remote_file_system(
+def test_a_checkpoint_is_read_from_a_remote_file_system(
     checkpoint: Path, store: Path, tmp_path: Path, archived: bool
 ) -> None:
     fsspec = pytest.importorskip("fsspec")
@@ -311,7 +316,7 @@ def test_a_remote_file_system(
         memory.store.clear()
 
 
-def test_remote_file_systems_that_are_not_there(store: Path) -> None:
+def test_unavailable_remote_files_are_one_line(store: Path) -> None:
     pytest.importorskip("fsspec")
     assert "no such file" in refused("memory://nothing/here.tar", store)
     assert "nonsense" in refused("nonsense://bucket/it.tar", store)

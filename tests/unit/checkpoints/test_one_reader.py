@@ -1,4 +1,4 @@
-"""All commands read the same rows from the same table, whatever its format."""
+"""All commands read the same rows from a table, in every format."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ENTRIES: dict[str, Callable[[Path, Checkpoint], list[Row]]] = {
     "train": lambda path, _: (lambda e: rows_of(e.texts, e.pairs))(read_examples(path)),
     "evaluate": lambda path, made: (lambda e: rows_of(e.texts, e.pairs))(read_test(made, path)),
 }
-"""How each command reads a file."""
+"""The function with which each command reads a file."""
 
 
 def rows_of(texts: list[str], pairs: list[str] | None) -> list[Row]:
@@ -56,7 +56,7 @@ any_text = st.one_of(
     bom=st.booleans(),
     end=st.sampled_from(ENDS),
 )
-def test_every_command_reads_the_rows_that_were_written(
+def test_every_command_reads_the_same_rows(
     tmp_path_factory: pytest.TempPathFactory,
     topics: Checkpoint,
     texts: list[str],
@@ -73,29 +73,28 @@ def test_every_command_reads_the_rows_that_were_written(
         for command, read in ENTRIES.items():
             assert read(path, topics) == expected, (kind, command)
         examples = read_examples(path)
-        found = [examples.names[i] for i in examples.labels]
-        assert found == [r["label"] for r in records]
+        assert [examples.names[i] for i in examples.labels] == [r["label"] for r in records]
 
 
 @PROPERTY
 @given(
-    good=st.integers(1, 5),
-    bad=st.sampled_from(["short", "long", "null", "not UTF-8"]),
+    valid_rows=st.integers(1, 5),
+    fault=st.sampled_from(["short", "long", "null", "not UTF-8"]),
     end=st.sampled_from(ENDS),
 )
-def test_every_command_refuses_a_bad_row_by_its_number(
+def test_every_command_refuses_an_invalid_row_by_its_number(
     tmp_path_factory: pytest.TempPathFactory,
     topics: Checkpoint,
-    good: int,
-    bad: str,
+    valid_rows: int,
+    fault: str,
     end: str,
 ) -> None:
     folder = tmp_path_factory.mktemp("bad")
     labels = topics.manifest.labels
-    records = [{"text": f"text {i}", "label": labels[i % 2]} for i in range(good + 2)]
+    records = [{"text": f"text {i}", "label": labels[i % 2]} for i in range(valid_rows + 2)]
     for kind in KINDS:
         path = write(folder / f"rows.{kind}", records, end=end)
-        marked = records[good]["text"].encode()
+        marked = records[valid_rows]["text"].encode()
         content = path.read_bytes()
         if kind == "csv":
             broken = {
@@ -103,31 +102,31 @@ def test_every_command_refuses_a_bad_row_by_its_number(
                 "long": (marked, marked + b'","'),
                 "null": (b'"' + marked + b'",', b""),  # CSV has no null
                 "not UTF-8": (marked, b"\xff"),
-            }[bad]
+            }[fault]
         elif kind == "jsonl":
             broken = {
                 "short": (b'"text": "' + marked + b'", ', b""),
                 "long": (marked, marked + b'", "text": "'),
                 "null": (b'"' + marked + b'"', b"null"),
                 "not UTF-8": (marked, b"\xff"),
-            }[bad]
+            }[fault]
         else:
             broken = (b"", b"")
         if broken == (b"", b""):
-            texts = [None if i == good else r["text"] for i, r in enumerate(records)]
+            texts = [None if i == valid_rows else r["text"] for i, r in enumerate(records)]
             table = pa.table({"text": texts, "label": [r["label"] for r in records]})
             parquet.write_table(table, path)
         else:
             path.write_bytes(content.replace(*broken))
         for command, read in ENTRIES.items():
-            with pytest.raises(DataError, match=rf"rows\.{kind}, row {good + 1}\b") as caught:
+            with pytest.raises(DataError, match=rf"rows\.{kind}, row {valid_rows + 1}\b") as caught:
                 read(path, topics)
             assert "\n" not in str(caught.value), command
 
 
 @PROPERTY
 @given(texts=st.lists(any_text, min_size=1, max_size=5), paired=st.booleans())
-def test_an_output_can_be_read_again(
+def test_an_output_can_be_read_as_input(
     tmp_path_factory: pytest.TempPathFactory,
     topics: Checkpoint,
     texts: list[str],
@@ -136,12 +135,12 @@ def test_an_output_can_be_read_again(
     answer = {"label": "0101", "score": 1.0, "probs": [1.0], "steps": [1], "truncated": True}
     counts = ("budget", "predicted", "heads", "macs", "dense_macs", "tokens")
     answer |= dict.fromkeys(counts, 1)
-    given = [{k: v for k, v in r.items() if k != "id"} for r in of_texts(texts, paired)]
-    lines = b"".join(json.dumps(row | answer).encode() + b"\n" for row in given)
+    rows = [{k: v for k, v in r.items() if k != "id"} for r in of_texts(texts, paired)]
+    lines = b"".join(json.dumps(row | answer).encode() + b"\n" for row in rows)
     for kind in KINDS:
         output = tmp_path_factory.mktemp("out") / f"answers.{kind}"
         with Journal(output, topics, "balanced", None, False) as journal:
             journal.append(Answered(lines, len(texts), {}, 0, 0, 0, "float32"))
             finish(journal, output)
-        found = list(open_table(output).rows("label"))
-        assert found == [(r["text"], r.get("text_pair"), "0101") for r in given]
+        read = list(open_table(output).rows("label"))
+        assert read == [(r["text"], r.get("text_pair"), "0101") for r in rows]

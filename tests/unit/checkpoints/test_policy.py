@@ -1,3 +1,5 @@
+"""Quality levels and budget rules: operating points, policies, chains and ceilings."""
+
 from __future__ import annotations
 
 import math
@@ -42,10 +44,10 @@ def point(**changes: Any) -> OperatingPoint:
 def points(draw: st.DrawFn) -> OperatingPoint:
     uptos = sorted(draw(st.sets(st.floats(0, 0.99), max_size=3)))
     bands = tuple(EntryBand(upto=upto, step=draw(st.integers(0, STEPS))) for upto in [*uptos, 1.0])
-    look = st.builds(Escalation, below=shares, step=st.integers(1, STEPS))
+    escalations = st.builds(Escalation, below=shares, step=st.integers(1, STEPS))
     return point(
         entry=draw(st.sampled_from([(), bands])),
-        escalation=draw(st.none() | look),
+        escalation=draw(st.none() | escalations),
         points_lost=draw(st.floats(-5, 20)),
         macs_share=draw(shares),
     )
@@ -73,25 +75,25 @@ def level(**changes: Any) -> Level:
 
 @st.composite
 def policies(draw: st.DrawFn) -> Policy:
-    """Draw a policy whose figures are as noisy as thresholds and losses can be."""
+    """Draw a policy; its accuracy drops need not fall with the threshold."""
     chain = sorted(draw(st.sets(st.integers(0, STEPS), min_size=1)))
     links = [step for step in chain if step] or [0]
     uptos = sorted(draw(st.sets(st.floats(0, 0.99), max_size=3)))
     thresholds = sorted(draw(st.lists(shares, min_size=3, max_size=8)))
-    places = sorted(draw(st.permutations(range(len(thresholds))))[:3])
-    names = dict(zip(places, QUALITY_NAMES, strict=True))
+    named = sorted(draw(st.permutations(range(len(thresholds))))[:3])
+    names = dict(zip(named, QUALITY_NAMES, strict=True))
     return Policy(
         chain=chain,
         entry=[EntryBand(upto=u, step=draw(st.sampled_from(links))) for u in [*uptos, 1.0]],
         levels=[
             level(
-                name=names.get(place),
+                name=names.get(i),
                 threshold=threshold,
                 points_lost=draw(st.floats(-5, 20)),
                 macs_share=draw(shares),
                 budgets=draw(st.dictionaries(st.sampled_from(chain), shares)),
             )
-            for place, threshold in enumerate(thresholds)
+            for i, threshold in enumerate(thresholds)
         ],
     )
 
@@ -103,10 +105,10 @@ def rule_of(
 
 
 def walk(rule: BudgetRule, s: float, confident: Sequence[float]) -> list[int]:
-    """Return the steps that a text runs whose answer at step k has confidence `confident[k]`."""
+    """Return the steps that a text runs if its answer at step k has confidence `confident[k]`."""
     steps = [rule.first_step(s)]
-    while (following := rule.next_step(steps[-1], confident[steps[-1]], s)) is not None:
-        steps.append(following)
+    while (next_step := rule.next_step(steps[-1], confident[steps[-1]], s)) is not None:
+        steps.append(next_step)
     return steps
 
 
@@ -126,31 +128,31 @@ class TestChoosePoint:
     def test_a_level_is_found_by_name(self, name: str) -> None:
         assert choose_point(LEVELS, name).name == name
 
-    def test_a_level_that_is_not_there_names_those_that_are(self) -> None:
+    def test_an_unknown_level_is_refused_with_the_known_ones(self) -> None:
         with pytest.raises(PolicyError, match=r"'superb'.*fast, balanced, best"):
             choose_point(LEVELS, "superb")
 
     @pytest.mark.parametrize(
-        ("given_up", "share"),
+        ("max_drop", "share"),
         [(100, 0.1), (6.0, 0.1), (5.9, 0.3), (2.5, 0.3), (1, 0.4), (0.5, 0.9), (0, 0.9)],
     )
-    def test_a_number_takes_the_cheapest_that_loses_no_more(
-        self, given_up: float, share: float
+    def test_a_number_selects_the_cheapest_level_within_this_accuracy_drop(
+        self, max_drop: float, share: float
     ) -> None:
-        assert choose_point(LEVELS, given_up).macs_share == share
+        assert choose_point(LEVELS, max_drop).macs_share == share
 
-    def test_when_all_lose_more_the_most_accurate_is_taken(self) -> None:
+    def test_the_most_accurate_level_is_selected_if_all_lose_more(self) -> None:
         lossy = [point(points_lost=6.0, macs_share=0.1), point(points_lost=1.0, macs_share=0.9)]
         assert choose_point(lossy, 0.5).points_lost == 1.0
 
     @pytest.mark.parametrize("quality", ["balanced", 1.0])
-    def test_without_points_nothing_can_be_chosen(self, quality: str | float) -> None:
+    def test_without_points_every_quality_is_refused(self, quality: str | float) -> None:
         with pytest.raises(PolicyError):
             choose_point([], quality)
 
     @PROPERTY
     @given(st.lists(points(), min_size=1, max_size=5), st.floats(0, 20), st.floats(0, 20))
-    def test_giving_up_more_never_costs_more(
+    def test_a_larger_accuracy_drop_never_costs_more(
         self, offered: list[OperatingPoint], a: float, b: float
     ) -> None:
         if any(p.points_lost <= min(a, b) for p in offered):
@@ -162,7 +164,7 @@ class TestBands:
     @pytest.mark.parametrize(
         ("s", "step"), [(0.0, 0), (0.2, 0), (0.2001, 1), (0.5, 1), (0.51, 4), (1.0, 4)]
     )
-    def test_a_band_holds_up_to_its_bound(self, s: float, step: int) -> None:
+    def test_a_band_includes_its_upper_bound(self, s: float, step: int) -> None:
         bands = [{"upto": 0.2, "step": 0}, {"upto": 0.5, "step": 1}, {"upto": 1, "step": 4}]
         rule = point(entry=bands).rule(STEPS)
         assert rule.first_step(s) == step
@@ -182,11 +184,11 @@ class TestBands:
 
     @PROPERTY
     @given(shares, st.integers(1, 24))
-    def test_without_bands_the_step_is_f_os_own(self, s: float, steps: int) -> None:
+    def test_without_bands_s_selects_the_step(self, s: float, steps: int) -> None:
         rule = BudgetRule(num_steps=steps)
         assert rule.first_step(s) == max(1, math.ceil(s * steps))
 
-    def test_one_band_makes_the_step_a_constant(self) -> None:
+    def test_a_single_band_makes_the_step_constant(self) -> None:
         assert point(entry=[{"upto": 1.0, "step": 3}]).rule(STEPS).constant == 3
         assert point().rule(STEPS).constant is None
 
@@ -195,37 +197,41 @@ class TestEscalation:
     rule = point(entry=[{"upto": 1.0, "step": 1}], escalation={"below": 0.8, "step": 4}).rule(STEPS)
 
     @pytest.mark.parametrize("step", [1, 2, 3])
-    def test_an_unsure_answer_is_run_again_at_the_larger_step(self, step: int) -> None:
+    def test_an_uncertain_text_runs_again_at_the_larger_step(self, step: int) -> None:
         assert self.rule.next_step(step, 0.79, 0.5) == 4
 
     @pytest.mark.parametrize("confident", [0.8, 0.9, 1.0])
-    def test_a_sure_answer_stands(self, confident: float) -> None:
+    def test_a_confident_answer_is_final(self, confident: float) -> None:
         assert self.rule.next_step(1, confident, 0.5) is None
 
     @pytest.mark.parametrize("step", [4, 5, 6])
-    def test_the_answer_of_the_larger_step_stands_however_unsure(self, step: int) -> None:
+    def test_the_answer_of_the_larger_step_is_final(self, step: int) -> None:
         assert self.rule.next_step(step, 0.0, 0.5) is None
 
-    def test_step_0_is_no_step_to_escalate_to(self) -> None:
+    def test_escalation_to_step_0_is_refused(self) -> None:
         with pytest.raises(ValidationError):
             Escalation(below=0.5, step=0)
 
     @PROPERTY
     @given(points(), st.none() | st.integers(0, STEPS), shares, confidences)
-    def test_an_operating_point_decides_as_it_always_did(
+    def test_an_operating_point_runs_its_band_and_at_most_one_escalation(
         self, old: OperatingPoint, ceiling: int | None, s: float, confident: list[float]
     ) -> None:
         highest = STEPS if ceiling is None else ceiling
         bands = [band.step for band in old.entry if s <= band.upto]
         first = bands[0] if bands else min(max(math.ceil(s * STEPS), 1), STEPS)
         expected = [min(first, highest)]
-        look = old.escalation
-        if look and expected[0] < look.step and confident[expected[0]] < look.below:
-            again = min(look.step, highest)
-            expected += [again] if again > expected[0] else []
+        escalation = old.escalation
+        if (
+            escalation
+            and expected[0] < escalation.step
+            and confident[expected[0]] < escalation.below
+        ):
+            second = min(escalation.step, highest)
+            expected += [second] if second > expected[0] else []
         assert walk(old.rule(STEPS, ceiling=ceiling), s, confident) == expected
 
-    def test_its_figures_say_who_runs_which_step(self) -> None:
+    def test_the_share_of_runs_follows_from_budgets_and_escalation(self) -> None:
         old = point(
             entry=[{"upto": 0.5, "step": 0}, {"upto": 1.0, "step": 1}],
             escalation={"below": 0.8, "step": 4},
@@ -244,19 +250,19 @@ class TestPolicy:
     }
     rule = rule_of(Policy.model_validate(CHAIN), "balanced")
 
-    def test_step_0_goes_first_and_then_the_link_that_s_picks(self) -> None:
+    def test_after_step_0_s_selects_the_next_step(self) -> None:
         assert self.rule.first_step(0.9) == 0
         assert self.rule.next_step(0, 0.69, 0.5) == 2
         assert self.rule.next_step(0, 0.69, 0.51) == 5
 
-    def test_an_answer_at_the_threshold_stands(self) -> None:
+    def test_an_answer_at_the_threshold_is_final(self) -> None:
         assert self.rule.next_step(0, 0.7, 0.5) is None
 
-    def test_links_follow_one_another_and_the_last_answer_stands(self) -> None:
+    def test_the_last_step_of_the_chain_is_final(self) -> None:
         assert self.rule.next_step(2, 0.0, 0.5) == 5
         assert self.rule.next_step(5, 0.0, 0.5) is None
 
-    def test_without_step_0_a_text_starts_at_the_link_that_s_picks(self) -> None:
+    def test_without_step_0_s_selects_the_first_step(self) -> None:
         rule = rule_of(Policy.model_validate(self.CHAIN | {"chain": [2, 5]}), "balanced")
         assert [rule.first_step(s) for s in (0.5, 0.51)] == [2, 5]
 
@@ -279,18 +285,18 @@ class TestPolicy:
             ({"colour": "red"}, "colour"),
         ],
     )
-    def test_what_does_not_fit_is_refused(self, changes: dict[str, Any], reason: str) -> None:
+    def test_an_invalid_policy_is_refused(self, changes: dict[str, Any], reason: str) -> None:
         with pytest.raises(ValidationError, match=reason):
             Policy.model_validate(self.CHAIN | changes)
 
-    def test_a_chain_of_step_0_alone_names_it_in_its_band(self) -> None:
+    def test_a_chain_may_be_step_0_alone(self) -> None:
         only = {"chain": [0], "entry": [{"upto": 1.0, "step": 0}]}
         rule = rule_of(Policy.model_validate(self.CHAIN | only), "balanced")
         assert walk(rule, 0.5, [0.0]) == [0]
 
     @PROPERTY
     @given(policies())
-    def test_it_survives_being_written(self, policy: Policy) -> None:
+    def test_a_policy_is_read_as_it_was_written(self, policy: Policy) -> None:
         assert Policy.model_validate_json(policy.model_dump_json()) == policy
 
     @PROPERTY
@@ -301,15 +307,15 @@ class TestPolicy:
         shares,
         confidences,
     )
-    def test_steps_at_a_lower_threshold_are_the_first_of_those_at_a_higher_one(
+    def test_a_higher_quality_runs_the_same_steps_and_possibly_more(
         self,
         policy: Policy,
-        asked: list[str | float],
+        requested: list[str | float],
         ceiling: int | None,
         s: float,
         confident: list[float],
     ) -> None:
-        rules = [rule_of(policy, quality, ceiling=ceiling) for quality in asked]
+        rules = [rule_of(policy, quality, ceiling=ceiling) for quality in requested]
         rules.sort(key=lambda rule: rule.level.threshold if rule.level else 0.0)
         walks = [walk(rule, s, confident) for rule in rules]
         for lower, higher in pairwise(walks):
@@ -317,7 +323,7 @@ class TestPolicy:
 
     @PROPERTY
     @given(policies(), shares, confidences)
-    def test_named_levels_cost_more_and_more(
+    def test_each_named_level_runs_the_steps_of_the_one_below(
         self, policy: Policy, s: float, confident: list[float]
     ) -> None:
         fast, balanced, best = (walk(rule_of(policy, q), s, confident) for q in QUALITY_NAMES)
@@ -326,7 +332,7 @@ class TestPolicy:
 
     @PROPERTY
     @given(policies(), st.lists(st.floats(-10, 40), min_size=2, max_size=2))
-    def test_giving_up_more_never_raises_the_threshold(
+    def test_a_larger_accuracy_drop_never_raises_the_threshold(
         self, policy: Policy, points_lost: list[float]
     ) -> None:
         less, more = (policy.level(q) for q in sorted(points_lost))
@@ -335,14 +341,13 @@ class TestPolicy:
 
     @PROPERTY
     @given(policies(), st.floats(-10, 40))
-    def test_no_more_is_lost_than_was_given_up_where_that_can_be(
+    def test_the_accuracy_drop_is_within_the_request_if_possible(
         self, policy: Policy, points_lost: float
     ) -> None:
         least = min(level.points_lost for level in policy.levels)
-        found = policy.level(points_lost)
-        assert found.points_lost <= max(points_lost, least) + 1e-9
+        assert policy.level(points_lost).points_lost <= max(points_lost, least) + 1e-9
 
-    def test_between_two_levels_everything_is_interpolated(self) -> None:
+    def test_figures_are_interpolated_between_levels(self) -> None:
         low = level(
             threshold=0.4, points_lost=2.0, macs_share=0.1, mean_heads=4.0, accuracy=0.9,
             interval=(0.88, 0.92), budgets={0: 1.0}, runs={},
@@ -363,7 +368,7 @@ class TestPolicy:
         assert half.budgets == pytest.approx({0: 0.75, 2: 0.25})
         assert half.runs == pytest.approx({2: 0.25})
 
-    def test_a_threshold_that_loses_more_than_a_lower_one_is_passed_over(self) -> None:
+    def test_a_level_less_accurate_than_a_lower_one_is_skipped(self) -> None:
         levels = [
             level(threshold=0.2, points_lost=2.0),
             level(threshold=0.5, points_lost=2.5),
@@ -374,14 +379,14 @@ class TestPolicy:
         assert policy.level(1.0).threshold == pytest.approx(0.5)
         assert policy.level(0.5).threshold == pytest.approx(0.65)
 
-    def test_a_level_that_is_not_there_names_those_that_are(self) -> None:
+    def test_an_unknown_level_of_a_policy_is_refused_with_the_known_ones(self) -> None:
         with pytest.raises(PolicyError, match=r"'superb'.*balanced"):
             Policy.model_validate(self.CHAIN).level("superb")
 
 
 @PROPERTY
 @given(rules(), shares, confidences)
-def test_every_text_ends_with_steps_that_rise(
+def test_steps_of_a_text_rise_along_its_path(
     rule: BudgetRule, s: float, confident: list[float]
 ) -> None:
     steps = walk(rule, s, confident)
@@ -392,11 +397,13 @@ def test_every_text_ends_with_steps_that_rise(
 class TestCeiling:
     @PROPERTY
     @given(rules(), shares, confidences)
-    def test_no_step_is_above_it(self, rule: BudgetRule, s: float, confident: list[float]) -> None:
+    def test_no_step_is_above_the_ceiling(
+        self, rule: BudgetRule, s: float, confident: list[float]
+    ) -> None:
         if rule.ceiling is not None and rule.fixed is None:
             assert max(walk(rule, s, confident)) <= rule.ceiling
 
-    def test_an_escalation_goes_as_far_as_the_ceiling(self) -> None:
+    def test_an_escalation_stops_at_the_ceiling(self) -> None:
         rule = TestEscalation.rule.model_copy(update={"ceiling": 2})
         assert rule.next_step(1, 0.1, 0.5) == 2
         assert rule.next_step(2, 0.1, 0.5) is None

@@ -1,4 +1,4 @@
-"""Two encoders at equal multiply-adds."""
+"""Comparison of two encoders at equal multiply-adds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def frontier(name: str, macs: list[float], right: list[list[int]]) -> Frontier:
     return Frontier(name, np.array(macs), answers, answers[-1], 1000.0)
 
 
-def test_a_network_is_taken_at_the_highest_threshold_that_it_can_pay() -> None:
+def test_the_highest_threshold_within_the_cost_is_used() -> None:
     one = frontier("one", [0, 10, 20], [[0, 0], [1, 0], [1, 1]])
     for cost, expected in ((0.0, [0, 0]), (15.0, [1, 0]), (20.0, [1, 1]), (99.0, [1, 1])):
         answers = one.correct_within(cost)
@@ -29,7 +29,7 @@ def test_a_network_is_taken_at_the_highest_threshold_that_it_can_pay() -> None:
     assert frontier("two", [5], [[1]]).correct_within(4.9) is None
 
 
-def test_they_are_compared_at_costs_that_both_can_have() -> None:
+def test_networks_are_compared_at_costs_that_both_reach() -> None:
     small = frontier("small", [0, 10, 40], [[0] * 4, [1, 0, 0, 0], [1, 1, 0, 0]])
     large = frontier("large", [0, 20, 80], [[0] * 4, [1, 1, 1, 0], [1, 1, 1, 1]])
     compared = compare(small, large)
@@ -41,7 +41,7 @@ def test_they_are_compared_at_costs_that_both_can_have() -> None:
     assert compared[-1].low < 25 < compared[-1].high
 
 
-def test_the_report_holds_both(model_store: Path, tmp_path: Path) -> None:
+def test_the_report_of_equal_networks_shows_no_gain(model_store: Path, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "test.jsonl", single_label_rows())
     model, out = str(model_store / CHAINED / "1"), tmp_path / "report"
     main([model, model, "--data", str(data), "--out", str(out)])

@@ -1,4 +1,4 @@
-"""A checkpoint folder appears complete or not at all, whatever ends the program that writes it."""
+"""A checkpoint folder appears complete or not at all, even if its program fails or is killed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.support.stores import TOPICS, single_label_rows, train, write_jsonl
 
 @contextmanager
 def file_limit(size: int) -> Iterator[None]:
-    """Let every write beyond `size` bytes of a file fail, as on a full disk."""
+    """Make writes beyond `size` bytes of a file fail, like on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -34,12 +34,12 @@ def file_limit(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def everything(folder: Path) -> list[str]:
+def files_below(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
 
 
 class Stop(BaseException):
-    """Anything that ends a program."""
+    """An error that no handler expects."""
 
 
 def fail(path: Path, error: type[BaseException]) -> None:
@@ -48,32 +48,32 @@ def fail(path: Path, error: type[BaseException]) -> None:
 
 
 class TestStaged:
-    def test_it_appears_at_the_end(self, tmp_path: Path) -> None:
+    def test_the_folder_appears_at_the_end(self, tmp_path: Path) -> None:
         target = tmp_path / "store" / "name" / "1"
         with staged(target) as folder:
             (folder / "manifest.json").write_text("{}")
             assert not target.exists()
             assert read_store(tmp_path / "store").errors == []
-        assert everything(target.parent) == ["1", "1/manifest.json"]
+        assert files_below(target.parent) == ["1", "1/manifest.json"]
 
-    def test_others_may_read_it(self, tmp_path: Path) -> None:
+    def test_the_folder_is_readable_by_others(self, tmp_path: Path) -> None:
         with staged(tmp_path / "1") as folder:
             (folder / "manifest.json").write_text("{}")
         assert (tmp_path / "1").stat().st_mode & 0o005 == 0o005 & ~current_umask()
 
     @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, Stop, ValueError])
-    @pytest.mark.parametrize("there", [False, True])
-    def test_a_failure_leaves_what_was(
-        self, tmp_path: Path, error: type[BaseException], there: bool
+    @pytest.mark.parametrize("exists", [False, True])
+    def test_a_failure_keeps_the_previous_state(
+        self, tmp_path: Path, error: type[BaseException], exists: bool
     ) -> None:
         target = tmp_path / "name" / "1"
-        if there:
+        if exists:
             target.mkdir(parents=True)
             (target / "manifest.json").write_text("earlier")
-        before = everything(tmp_path) or ["name"]
+        before = files_below(tmp_path) or ["name"]
         with pytest.raises(error), staged(target, replace=True) as folder:
             fail(folder / "manifest.json", error)
-        assert everything(tmp_path) == before
+        assert files_below(tmp_path) == before
 
     @pytest.mark.parametrize("write", ["plain", "safetensors"])
     def test_a_full_disk_is_one_line(self, tmp_path: Path, write: str) -> None:
@@ -90,25 +90,25 @@ class TestStaged:
         ):
             fill(folder)
         assert "\n" not in str(caught.value)
-        assert everything(tmp_path) == []
+        assert files_below(tmp_path) == []
 
-    def test_a_checkpoint_is_replaced_whole(self, tmp_path: Path) -> None:
+    def test_a_checkpoint_is_replaced_completely(self, tmp_path: Path) -> None:
         for word in ("earlier", "later"):
             with staged(tmp_path / "1", replace=True) as folder:
                 (folder / "manifest.json").write_text(word)
                 (folder / word).touch()
-        assert everything(tmp_path) == ["1", "1/later", "1/manifest.json"]
+        assert files_below(tmp_path) == ["1", "1/later", "1/manifest.json"]
 
     @pytest.mark.parametrize(("name", "replace"), [("manifest.json", False), ("thesis.txt", True)])
-    def test_what_is_there_and_must_stay(self, tmp_path: Path, name: str, replace: bool) -> None:
+    def test_existing_folders_are_kept(self, tmp_path: Path, name: str, replace: bool) -> None:
         (tmp_path / "1").mkdir()
         (tmp_path / "1" / name).write_text("mine")
-        before = everything(tmp_path)
+        before = files_below(tmp_path)
         with pytest.raises(CheckpointError, match="exists"), staged(tmp_path / "1", replace) as new:
             (new / "manifest.json").write_text("{}")
-        assert everything(tmp_path) == before
+        assert files_below(tmp_path) == before
 
-    def test_a_store_that_is_a_file(self, tmp_path: Path) -> None:
+    def test_a_file_in_place_of_the_store_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "store").touch()
         with (
             pytest.raises(CheckpointError, match="store"),
@@ -117,7 +117,7 @@ class TestStaged:
             pass
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-    def test_a_signal_leaves_nothing(self, tmp_path: Path, number: int) -> None:
+    def test_a_killed_program_leaves_no_files(self, tmp_path: Path, number: int) -> None:
         program = (
             "import sys, time; from pathlib import Path\n"
             "from budgetformer.checkpoint.staging import staged\n"
@@ -133,9 +133,9 @@ class TestStaged:
             assert process.stdout.readline() == b"half\n"
             process.send_signal(number)
             assert process.wait(60) != 0
-        assert everything(tmp_path) == []
+        assert files_below(tmp_path) == []
 
-    def test_a_signal_ends_programs_as_before_afterwards(self, tmp_path: Path) -> None:
+    def test_signal_handlers_are_restored(self, tmp_path: Path) -> None:
         before = signal.getsignal(signal.SIGTERM)
         with staged(tmp_path / "1") as folder:
             (folder / "manifest.json").write_text("{}")
@@ -149,17 +149,17 @@ def current_umask() -> int:
 
 
 SMALL_DISK = 20_000
-"""Bytes: less than the weights, more than a configuration."""
+"""Bytes, less than the weights and more than a configuration."""
 
 COMMANDS: dict[str, Callable[[Path, Path], object]] = {
     "train": lambda _, store: train(store / "new" / "1", single_label_rows()[:60], dense_epochs=1),
-    "calibrate": lambda given, store: recalibrate(
-        read_checkpoint(given),
+    "calibrate": lambda source, store: recalibrate(
+        read_checkpoint(source),
         write_jsonl(store.parent / "more.jsonl", single_label_rows()),
         store / "new" / "1",
         lambda _: None,
     ),
-    "models add": lambda given, store: install(str(given), store),
+    "models add": lambda source, store: install(str(source), store),
 }
 
 
@@ -184,7 +184,7 @@ def test_a_full_disk_leaves_no_version(model_store: Path, tmp_path: Path, comman
         ("taken/1", "exists"),
     ],
 )
-def test_an_output_that_cannot_be_is_refused_before_work(
+def test_an_invalid_output_is_refused_before_training(
     tmp_path: Path, output: str, message: str
 ) -> None:
     (tmp_path / "store/taken/1").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The client of the load tests keeps count, whatever a server does with its connections."""
+"""The client of the load tests counts correctly if the server closes connections."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from typing import Any
 
 from loadtests.openloop import Client
 
-GIVEN_UP = b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+TIMEOUT = b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
 
 
 class Impatient(asyncio.Protocol):
-    """Gives its first connection up before it is asked anything; answers on the others."""
+    """Closes its first connection before any request, and answers on the others."""
 
-    taken = 0
+    connections = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
-        Impatient.taken += 1
-        if Impatient.taken == 1:
-            transport.write(GIVEN_UP)
+        Impatient.connections += 1
+        if Impatient.connections == 1:
+            transport.write(TIMEOUT)
             transport.close()
 
     def data_received(self, _: bytes) -> None:
         self.transport.write(ANSWER)
 
 
-async def test_connections_that_the_server_gives_up_are_replaced() -> None:
+async def test_connections_closed_by_the_server_are_replaced() -> None:
     loop = asyncio.get_running_loop()
     errors: list[dict[str, Any]] = []
     loop.set_exception_handler(lambda _, context: errors.append(context))

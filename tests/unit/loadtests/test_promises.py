@@ -1,4 +1,4 @@
-"""What was promised of speed is judged by what was measured."""
+"""Promises of speed are judged by measurements."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_the_median_decides(sign: str, reached: list[float], verdict: str) -> No
     assert Promise("throughput", sign, 4, reached).verdict == verdict
 
 
-def test_the_pass_is_judged_by_its_report() -> None:
+def test_promises_of_the_pass_are_judged_by_its_report() -> None:
     milliseconds = {
         "step 2, float32": 2.0, "step 12, float32": 10.0, "balanced, float32": 1.0,
         "dense, Transformers sdpa": 12.5, "dense, ONNX Runtime int8": 4.0,

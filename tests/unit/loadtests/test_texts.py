@@ -1,4 +1,4 @@
-"""Traffic in which texts come again."""
+"""Traffic with repeated texts."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ NEW = [f"text {number}" for number in range(2000)]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.5])
-def test_the_share_of_texts_that_were_sent_before(share: float) -> None:
+def test_repeated_texts_have_the_requested_share(share: float) -> None:
     sent = with_repeats(NEW, share, seed=1)
     assert len(sent) == len(NEW)
     first = list(dict.fromkeys(sent))
-    assert first == NEW[: len(first)], "new texts come in their order"
+    assert first == NEW[: len(first)], "new texts keep their order"
     assert 1 - len(first) / len(sent) == pytest.approx(share, abs=0.03)
 
 

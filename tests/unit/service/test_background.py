@@ -1,4 +1,4 @@
-"""Tasks that go on after errors, and threads that can be given up."""
+"""Tasks that are restarted after errors, and threads that can be abandoned."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.waiting import until
 
 
 class PanicError(BaseException):
-    """What a library in Rust raises."""
+    """Stands for the panic of a library in Rust."""
 
 
 ERRORS = (
@@ -27,15 +27,15 @@ each_error = pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(err
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(background, "FIRST_BACKOFF", 0.001)
     monkeypatch.setattr(background, "RECOVERED_SECONDS", 0.02)
 
 
 @each_error
-@pytest.mark.usefixtures("quick")
-async def test_no_error_of_a_task_ends_the_group_that_it_runs_in(error: BaseException) -> None:
-    calls, told = 0, []
+@pytest.mark.usefixtures("short_backoff")
+async def test_an_error_of_a_task_does_not_end_its_group(error: BaseException) -> None:
+    calls, reports = 0, []
 
     async def work() -> None:
         nonlocal calls
@@ -46,12 +46,13 @@ async def test_no_error_of_a_task_ends_the_group_that_it_runs_in(error: BaseExce
 
     with capture_logs() as lines:
         async with asyncio.TaskGroup() as tasks:
-            task = tasks.create_task(run_forever("store", work, lambda *words: told.append(words)))
-            await until(lambda: len(told) == 4, "recovery")
+            running = run_forever("store", work, lambda *report: reports.append(report))
+            task = tasks.create_task(running)
+            await until(lambda: len(reports) == 4, "recovery")
             task.cancel()
     assert calls == 4
-    assert [name for name, _ in told] == ["store"] * 4
-    *failures, recovered = (reason for _, reason in told)
+    assert [name for name, _ in reports] == ["store"] * 4
+    *failures, recovered = (reason for _, reason in reports)
     assert recovered is None
     for reason in failures:
         assert reason is not None
@@ -61,7 +62,7 @@ async def test_no_error_of_a_task_ends_the_group_that_it_runs_in(error: BaseExce
     assert [line["restart_in"] for line in lines] == [0.001, 0.002, 0.004]
 
 
-async def test_a_task_that_is_done_is_not_started_again() -> None:
+async def test_a_task_that_has_ended_is_not_restarted() -> None:
     calls = []
 
     async def work() -> None:
@@ -71,7 +72,7 @@ async def test_a_task_that_is_done_is_not_started_again() -> None:
     assert calls == [1]
 
 
-async def test_an_error_in_the_background_is_logged() -> None:
+async def test_an_error_of_a_background_task_is_logged() -> None:
     async def fail() -> None:
         raise ValueError("why")
 
@@ -86,7 +87,7 @@ async def test_an_error_in_the_background_is_logged() -> None:
 
 
 @each_error
-async def test_whatever_work_in_a_thread_raises_is_an_exception_to_the_task(
+async def test_any_error_in_a_thread_is_an_exception_in_the_task(
     error: BaseException,
 ) -> None:
     def fail() -> None:
@@ -103,12 +104,12 @@ def gate() -> threading.Event:
     return threading.Event()
 
 
-async def given_up(threads: DetachedThreads, work: Callable[[], str], late: list[str]) -> None:
+async def abandon(threads: DetachedThreads, work: Callable[[], str], late: list[str]) -> None:
     with pytest.raises(TimeoutError):
         await threads.run("key", work, 0.01, late.append)
 
 
-async def test_work_that_is_given_up_is_not_begun_again_until_it_has_ended(
+async def test_abandoned_work_is_not_started_again_until_it_has_ended(
     gate: threading.Event,
 ) -> None:
     threads, late = DetachedThreads(), []
@@ -117,7 +118,7 @@ async def test_work_that_is_given_up_is_not_begun_again_until_it_has_ended(
         gate.wait(60)
         return "late"
 
-    await given_up(threads, work, late)
+    await abandon(threads, work, late)
     for _ in range(100):
         with pytest.raises(StillRunningError):
             await threads.run("key", work)
@@ -128,13 +129,13 @@ async def test_work_that_is_given_up_is_not_begun_again_until_it_has_ended(
     assert await threads.run("key", lambda: 6) == 6
 
 
-async def test_work_that_fails_late_is_nobodys_error(gate: threading.Event) -> None:
+async def test_abandoned_work_may_fail_without_an_error(gate: threading.Event) -> None:
     def work() -> str:
         gate.wait(60)
         raise SystemExit
 
     threads: DetachedThreads = DetachedThreads()
-    await given_up(threads, work, [])
+    await abandon(threads, work, [])
     gate.set()
 
     async def free() -> bool:
@@ -143,4 +144,4 @@ async def test_work_that_fails_late_is_nobodys_error(gate: threading.Event) -> N
         except StillRunningError:
             return False
 
-    await until(free, "its end")
+    await until(free, "the end of the work")

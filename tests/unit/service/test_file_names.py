@@ -1,4 +1,4 @@
-"""Names of files, folders and variables that are not UTF-8: they work, or are one line."""
+"""Names of files, folders and variables that are not UTF-8 work, or are refused in one line."""
 
 from __future__ import annotations
 
@@ -22,37 +22,37 @@ SHOWN = r"caf\udce9-\udcff"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Return a folder with such a name."""
-    made = tmp_path / BAD
-    made.mkdir()
-    return made
+    """Return a folder whose name is not UTF-8."""
+    path = tmp_path / BAD
+    path.mkdir()
+    return path
 
 
 @pytest.fixture
 def store(model_store: Path, folder: Path) -> Path:
-    """Return a store in it, of one model that is whole and one whose own name is like that."""
+    """Return a store in this folder, with a valid model and one whose name is not UTF-8."""
     shutil.copytree(model_store / TOPICS, folder / "store" / TOPICS)
     shutil.copytree(model_store / TOPICS / "2", folder / "store" / BAD / "2")
     return folder / "store"
 
 
-def test_an_error_can_be_written_whatever_it_names() -> None:
+def test_error_messages_escape_invalid_names() -> None:
     assert str(CheckpointError(f"{BAD}: no such folder")) == f"{SHOWN}: no such folder"
     assert readable("é 中 \U0001f600") == "é 中 \U0001f600"
 
 
-def test_the_command_line_reads_from_such_folders(
+def test_commands_read_and_write_such_paths(
     command: CommandLine, store: Path, folder: Path
 ) -> None:
     rows, output = folder / f"{BAD}.csv", folder / f"out-{BAD}.jsonl"
     rows.write_text(f"text\n{sentences('music')[0]}\n")
-    there = f"--model-store={store}"
-    done = command("classify", "--file", rows, "--model", TOPICS, there, "--json")
+    in_store = f"--model-store={store}"
+    done = command("classify", "--file", rows, "--model", TOPICS, in_store, "--json")
     assert (done.code, json.loads(done.out)["label"]) == (0, "music")
-    done = command("classify", "--file", rows, "--output", output, "--model", TOPICS, there)
+    done = command("classify", "--file", rows, "--output", output, "--model", TOPICS, in_store)
     assert (done.code, len(output.read_text().splitlines())) == (0, 1)
     assert command("models", "show", store / TOPICS / "2").code == 0
-    listed = command("models", "list", there)
+    listed = command("models", "list", in_store)
     assert (listed.code, TOPICS in listed.out, SHOWN in listed.err) == (1, True, True)
 
 
@@ -73,9 +73,9 @@ def test_the_command_line_reads_from_such_folders(
         ("classify", "text", "--model", BAD),
         ("train", "--data", BAD, "--out", BAD),
     ],
-    ids=lambda given: " ".join(given[:2]),
+    ids=lambda arguments: " ".join(arguments[:2]),
 )
-def test_what_cannot_be_is_one_line(
+def test_an_invalid_name_in_an_option_is_one_line(
     command: CommandLine, model_store: Path, arguments: tuple[str, ...]
 ) -> None:
     if arguments[0] in ("evaluate", "classify"):
@@ -103,7 +103,7 @@ def test_a_variable_with_such_a_name_is_refused(
     assert SHOWN in command("serve", "--print-config").complaint(2)
 
 
-def test_output_that_takes_utf_8_alone_fails_at_no_name(model_store: Path, folder: Path) -> None:
+def test_output_escapes_invalid_names(model_store: Path, folder: Path) -> None:
     source = str(model_store / TOPICS / "2")
     done = subprocess.run(
         python_command("-m", "budgetformer", "models", "add", source, "--model-store", folder),
@@ -113,6 +113,6 @@ def test_output_that_takes_utf_8_alone_fails_at_no_name(model_store: Path, folde
     assert SHOWN in done.stdout.decode()
 
 
-def test_settings_reach_other_processes_as_they_are(tmp_path: Path) -> None:
+def test_settings_with_unicode_are_sent_unchanged(tmp_path: Path) -> None:
     settings = Settings(model_store=tmp_path / "é 中", default_model="ü")
     assert Settings(**json.loads(json.dumps(settings.model_dump(mode="json")))) == settings

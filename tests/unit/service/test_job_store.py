@@ -1,4 +1,4 @@
-"""Jobs as files: what appears, what goes, and what is left by who was interrupted."""
+"""Jobs as files: how they appear, are listed, removed, and cleaned up after interruptions."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ def store(tmp_path: Path) -> JobStore:
     return JobStore(tmp_path / "state")
 
 
-def described(**changes: Any) -> JobDescription:
-    given: dict[str, Any] = {
+def new_description(**changes: Any) -> JobDescription:
+    fields: dict[str, Any] = {
         "id": new_id(), "owner": "web", "created": time.time(), "model": "topics:2",
         "quality": "balanced", "heads": None, "kind": "csv", "result_kind": "jsonl",
     }  # fmt: skip
-    return JobDescription(**given | changes)
+    return JobDescription(**fields | changes)
 
 
-def added(store: JobStore, content: bytes = b"text\nhello\n", **changes: Any) -> StoredJob:
-    description = described(**changes)
+def add_job(store: JobStore, content: bytes = b"text\nhello\n", **changes: Any) -> StoredJob:
+    description = new_description(**changes)
     upload = store.receive(description.id, description.kind)
     upload.write(content)
     return upload.accept(description)
 
 
-def test_there_is_nothing_before_the_first_job(store: JobStore) -> None:
+def test_a_new_store_has_no_jobs_and_no_folder(store: JobStore) -> None:
     assert store.jobs() == []
     assert store.next() is None
     store.check_room(1, 1)
     assert not store.folder.exists()
 
 
-def test_a_job_appears_as_a_whole(store: JobStore) -> None:
-    description = described()
+def test_a_job_appears_only_when_its_upload_is_complete(store: JobStore) -> None:
+    description = new_description()
     upload = store.receive(description.id, "csv")
     upload.write(b"text\n")
     upload.write(b"hello\n")
@@ -61,8 +61,8 @@ def test_a_job_appears_as_a_whole(store: JobStore) -> None:
     assert job.progress() == JobProgress()
 
 
-def test_nobody_else_on_this_machine_can_read_it(store: JobStore) -> None:
-    job = added(store)
+def test_only_the_owner_of_the_process_can_read_jobs(store: JobStore) -> None:
+    job = add_job(store)
     job.write_progress(JobProgress(status="running"))
     for folder in (store.folder.parent, store.folder, job.folder):
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
@@ -70,7 +70,7 @@ def test_nobody_else_on_this_machine_can_read_it(store: JobStore) -> None:
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
-def test_an_upload_that_is_not_accepted_leaves_nothing(store: JobStore) -> None:
+def test_an_abandoned_upload_leaves_no_files(store: JobStore) -> None:
     upload = store.receive(new_id(), "csv")
     upload.write(b"text\n")
     upload.close()
@@ -79,11 +79,11 @@ def test_an_upload_that_is_not_accepted_leaves_nothing(store: JobStore) -> None:
 
 
 def test_a_job_with_a_source_has_no_input_yet(store: JobStore) -> None:
-    assert not added(store, b"", source="s3://bucket/a.csv").input.exists()
+    assert not add_job(store, b"", source="s3://bucket/a.csv").input.exists()
 
 
-def test_newest_first_and_oldest_next(store: JobStore) -> None:
-    jobs = [added(store, created=created) for created in (5.0, 7.0, 6.0)]
+def test_jobs_are_listed_newest_first_and_run_oldest_first(store: JobStore) -> None:
+    jobs = [add_job(store, created=created) for created in (5.0, 7.0, 6.0)]
     assert [job.description.created for job in store.jobs()] == [7.0, 6.0, 5.0]
     assert store.next() == jobs[0]
     jobs[0].write_progress(JobProgress(status="finished"))
@@ -94,7 +94,7 @@ def test_newest_first_and_oldest_next(store: JobStore) -> None:
 
 
 def test_the_files_of_a_job_that_has_ended_are_read_once(store: JobStore) -> None:
-    ended, removed, running = added(store), added(store), added(store)
+    ended, removed, running = (add_job(store) for _ in range(3))
     for job, status in ((ended, "finished"), (removed, "failed"), (running, "running")):
         job.write_progress(JobProgress(status=status))
     assert store.count() == {"finished": 1, "failed": 1, "running": 1}
@@ -111,28 +111,28 @@ def test_the_files_of_a_job_that_has_ended_are_read_once(store: JobStore) -> Non
     ["..", ".", "", "../jobs", "a/b", "%2e%2e", "0" * 31, "0" * 33, "G" * 32, "0" * 31 + "\n"],
 )
 def test_an_id_is_never_a_path(store: JobStore, name: str) -> None:
-    added(store)
+    add_job(store)
     (store.folder.parent / "job.json").write_text("{}")
     assert store.get(name) is None
 
 
-def test_a_folder_that_is_no_job_is_none(store: JobStore) -> None:
-    job = added(store)
+def test_folders_without_a_valid_job_are_ignored(store: JobStore) -> None:
+    job = add_job(store)
     (store.folder / ("0" * 32)).mkdir()
     (store.folder / "notes").mkdir()
-    damaged = added(store)
+    damaged = add_job(store)
     (damaged.folder / "job.json").write_bytes(b'{"id"')
     assert store.jobs() == [job]
 
 
-def test_progress_that_was_torn_is_none(store: JobStore) -> None:
-    job = added(store)
+def test_incomplete_progress_counts_as_none(store: JobStore) -> None:
+    job = add_job(store)
     (job.folder / "progress.json").write_bytes(b'{"status":"run')
     assert job.progress() == JobProgress()
 
 
 def test_progress_of_a_removed_job_cannot_be_written(store: JobStore) -> None:
-    job = added(store)
+    job = add_job(store)
     store.remove(job)
     store.remove(job)
     assert not job.exists
@@ -141,8 +141,8 @@ def test_progress_of_a_removed_job_cannot_be_written(store: JobStore) -> None:
         job.write_progress(JobProgress())
 
 
-def test_room_for_jobs_and_for_bytes(store: JobStore) -> None:
-    job = added(store, b"x" * 1000)
+def test_jobs_and_bytes_are_limited(store: JobStore) -> None:
+    job = add_job(store, b"x" * 1000)
     store.check_room(2, 2000, 500)
     with pytest.raises(StoreFullError, match="keeps at most 1 jobs"):
         store.check_room(1, 2000)
@@ -161,7 +161,7 @@ def test_room_for_jobs_and_for_bytes(store: JobStore) -> None:
 
 def test_jobs_that_ended_long_ago_are_removed(store: JobStore) -> None:
     now = time.time()
-    old, fresh, unfinished = (added(store) for _ in range(3))
+    old, fresh, unfinished = (add_job(store) for _ in range(3))
     old.write_progress(JobProgress(status="failed", ended=now - 100))
     fresh.write_progress(JobProgress(status="finished", ended=now - 10))
     unfinished.write_progress(JobProgress(status="running", started=now - 1000))
@@ -169,7 +169,7 @@ def test_jobs_that_ended_long_ago_are_removed(store: JobStore) -> None:
     assert set(store.jobs()) == {fresh, unfinished}
 
 
-def test_what_a_killed_frontend_left_is_removed_and_an_upload_under_way_is_not(
+def test_stale_uploads_are_removed_and_running_ones_kept(
     store: JobStore,
 ) -> None:
     arriving = new_id()
@@ -185,18 +185,18 @@ def test_what_a_killed_frontend_left_is_removed_and_an_upload_under_way_is_not(
     store.tidy(1000)
     assert not left.exists()
     assert new.exists()
-    description = described(id=arriving)
+    description = new_description(id=arriving)
     assert upload.accept(description).exists
 
 
-def test_one_server_holds_the_lock(store: JobStore) -> None:
+def test_only_one_server_holds_the_lock(store: JobStore) -> None:
     with pytest.raises(OSError, match=r"\.lock"):
         store.lock()
-    added(store)
+    add_job(store)
     held = store.lock()
     assert held is not None
     assert JobStore(store.folder.parent).lock() is None
     os.close(held)
-    again = store.lock()
-    assert again is not None
-    os.close(again)
+    regained = store.lock()
+    assert regained is not None
+    os.close(regained)

@@ -1,4 +1,4 @@
-"""Keys counted by several real processes over one file in memory."""
+"""Usage of keys, counted by several real processes in one memory file."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def spend(seconds, rate, burst):
     while (now := time.monotonic()) < end:
         taken += usage.take(1 / rate, burst / rate, now) == 0
     return taken
-def crowd(seconds, most, log):
+def crowd(seconds, limit, log):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if usage.begin(most):
+        if usage.begin(limit):
             os.write(log, b"+")
             os.write(log, b"-")
             usage.end()
@@ -53,18 +53,18 @@ class Frontend:
     process: subprocess.Popen[str]
 
     def begin(self, line: str) -> None:
-        """Have it evaluate a line with `usage`."""
+        """Start to evaluate a line of Python with `usage`."""
         assert self.process.stdin is not None
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
 
     def answer(self) -> str:
-        """Return what it says next."""
+        """Return the next line of output."""
         assert self.process.stdout is not None
         return self.process.stdout.readline().strip()
 
     def ask(self, line: str) -> str:
-        """Return what a line evaluates to."""
+        """Return the value of a line of Python."""
         self.begin(line)
         return self.answer()
 
@@ -94,90 +94,92 @@ def frontend(file: int, row: int) -> Iterator[Frontend]:
 
 
 @pytest.fixture
-def all_of_them(file: int) -> Iterator[list[Frontend]]:
+def frontends(file: int) -> Iterator[list[Frontend]]:
     with ExitStack() as stack:
         yield [stack.enter_context(frontend(file, row)) for row in range(FRONTENDS)]
 
 
-def test_a_rate_holds_over_four_processes_that_ask_as_fast_as_they_can(
-    all_of_them: list[Frontend],
+def test_the_rate_holds_over_four_processes(
+    frontends: list[Frontend],
 ) -> None:
-    # A quarter of a second of burst: on a busy machine nobody may be able to ask for as long.
+    # A burst of a quarter second bridges pauses of the processes on a busy machine.
     rate, burst, seconds = 2000, 500, 2.0
     before = time.monotonic()
-    for one in all_of_them:
-        one.begin(f"spend({seconds}, {rate}, {burst})")
-    taken = sum(int(one.answer()) for one in all_of_them)
+    for each in frontends:
+        each.begin(f"spend({seconds}, {rate}, {burst})")
+    taken = sum(int(each.answer()) for each in frontends)
     passed = time.monotonic() - before
     assert burst + rate * seconds * 0.97 <= taken <= burst + rate * passed + FRONTENDS
 
 
-def test_one_process_gets_the_whole_rate_of_a_key(all_of_them: list[Frontend]) -> None:
+def test_one_process_gets_the_whole_rate_of_a_key(frontends: list[Frontend]) -> None:
     rate, burst, seconds = 2000, 500, 1.0
-    taken = int(all_of_them[2].ask(f"spend({seconds}, {rate}, {burst})"))
+    taken = int(frontends[2].ask(f"spend({seconds}, {rate}, {burst})"))
     assert taken >= burst + rate * seconds * 0.97
 
 
-def test_requests_of_all_processes_count_and_those_of_a_killed_one_are_free_again(
-    file: int, all_of_them: list[Frontend]
+def test_requests_of_all_processes_count_until_they_are_killed(
+    file: int, frontends: list[Frontend]
 ) -> None:
-    first, second, third, _ = all_of_them
+    first, second, third, _ = frontends
     assert [first.ask("usage.begin(3)") for _ in range(2)] == ["True", "True"]
     assert second.ask("usage.begin(3)") == "True"
     assert third.ask("usage.begin(3)") == "False"
     os.kill(second.process.pid, signal.SIGSTOP)
-    assert third.ask("usage.begin(3)") == "False", "one that is stopped has its requests still"
+    assert third.ask("usage.begin(3)") == "False"  # a stopped process keeps its requests
     first.kill()
     assert [third.ask("usage.begin(3)") for _ in range(3)] == ["True", "True", "False"]
     second.kill()
-    with frontend(file, 1) as again:
-        assert again.ask("usage.begin(3)") == "True"
+    with frontend(file, 1) as restarted:
+        assert restarted.ask("usage.begin(3)") == "True"
         assert third.ask("usage.begin(3)") == "False"
 
 
-def test_no_more_are_under_way_than_allowed_however_many_ask(
-    all_of_them: list[Frontend], tmp_path: Path
+def test_concurrent_requests_never_exceed_the_limit(
+    frontends: list[Frontend], tmp_path: Path
 ) -> None:
-    log, most = tmp_path / "log", 2
-    for one in all_of_them:
-        one.begin(
-            f"crowd(1, {most}, os.open({str(log)!r}, os.O_CREAT | os.O_WRONLY | os.O_APPEND))"
+    log, limit = tmp_path / "log", 2
+    for each in frontends:
+        each.begin(
+            f"crowd(1, {limit}, os.open({str(log)!r}, os.O_CREAT | os.O_WRONLY | os.O_APPEND))"
         )
-    assert [one.answer() for one in all_of_them] == ["None"] * FRONTENDS
-    # Each sign is written while its request is counted, so this is never above what was admitted.
-    under_way = list(accumulate(1 if sign == "+" else -1 for sign in log.read_text()))
-    assert len(under_way) > 1000
-    assert 1 <= max(under_way) <= most
-    assert under_way[-1] == 0
+    assert [each.answer() for each in frontends] == ["None"] * FRONTENDS
+    # Each sign is written while its request is counted, so the sum never exceeds the limit.
+    running = list(accumulate(1 if sign == "+" else -1 for sign in log.read_text()))
+    assert len(running) > 1000
+    assert 1 <= max(running) <= limit
+    assert running[-1] == 0
 
 
-def test_a_process_that_starts_again_finds_what_was_spent(file: int) -> None:
+def test_a_restarted_process_continues_the_count(file: int) -> None:
     with frontend(file, 0) as first:
         assert first.ask("usage.take(100.0, 1.0, 1000.0)") == "0.0"
         first.kill()
-    with frontend(file, 0) as again:
-        assert again.ask("usage.take(1.0, 1.0, 1000.0)") == "100.0"
+    with frontend(file, 0) as restarted:
+        assert restarted.ask("usage.take(1.0, 1.0, 1000.0)") == "100.0"
 
 
-def test_a_process_killed_while_it_adds_a_key_keeps_no_other_from_it(
-    file: int, all_of_them: list[Frontend]
+def test_a_process_killed_while_adding_a_key_does_not_block_others(
+    file: int, frontends: list[Frontend]
 ) -> None:
-    first, second, *_ = all_of_them
+    first, second, *_ = frontends
     assert first.ask("fcntl.lockf(int(sys.argv[1]), fcntl.LOCK_EX, 1, int(sys.argv[2]))") == "None"
     first.kill()
     assert second.ask("whole.of('another').begin(1)") == "True"
-    with frontend(file, 0) as again:
-        assert again.ask("whole.of('another').begin(1)") == "False"
+    with frontend(file, 0) as restarted:
+        assert restarted.ask("whole.of('another').begin(1)") == "False"
 
 
-def test_every_name_has_its_own_numbers() -> None:
+def test_every_key_has_its_own_counts() -> None:
     usage = KeyUsage()
     names = ["a", "ab", "b", "x" * 64]
     assert all(usage.of(name).begin(1) for name in names)
     assert not any(usage.of(name).begin(1) for name in names)
 
 
-def test_a_key_beyond_the_most_is_limited_by_each_frontend(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_above_the_maximum_are_limited_by_each_frontend(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(key_usage, "MAX_NAMES", 1)
     usage = KeyUsage()
     usage.of("first")

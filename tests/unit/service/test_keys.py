@@ -1,3 +1,5 @@
+"""API keys: new keys, key files, reloads, limits, and when keys are required."""
+
 from __future__ import annotations
 
 import os
@@ -40,7 +42,7 @@ def key(secret: str, *scopes: str, **limits: Any) -> Key:
 
 
 def write(path: Path, **keys: Key) -> Path:
-    """Write a key file, in place of the one before."""
+    """Write a key file, or replace it."""
     part = path.with_suffix(".part")
     part.write_text("".join(f"{key_line(name, kept)}\n" for name, kept in keys.items()))
     part.replace(path)
@@ -53,7 +55,7 @@ def file(tmp_path: Path) -> Path:
 
 
 class TestNew:
-    def test_the_secret_is_kept_nowhere_and_its_line_opens_the_server(
+    def test_the_line_accepts_the_secret_without_containing_it(
         self, command: CommandLine, tmp_path: Path
     ) -> None:
         outcome = command("keys", "new", "web", "--scope", "classify", "--scope", "admin")
@@ -68,14 +70,14 @@ class TestNew:
         assert caller is not None
         assert (caller.name, caller.scopes) == ("web", {"classify", "admin"})
 
-    def test_limits_are_written_too(self, command: CommandLine, tmp_path: Path) -> None:
+    def test_the_line_has_the_limits(self, command: CommandLine, tmp_path: Path) -> None:
         limits = ("--texts-per-second", "2.5", "--burst", "9", "--max-requests", "3")
         path = tmp_path / "keys.toml"
         path.write_text(command("keys", "new", "web", *limits).out)
         kept = read_keys(path)["web"]
         assert (kept.texts_per_second, kept.burst, kept.max_requests) == (2.5, 9, 3)
 
-    def test_no_two_are_alike(self) -> None:
+    def test_keys_are_unique(self) -> None:
         assert len({new_key(["classify"])[0] for _ in range(100)}) == 100
 
     @pytest.mark.parametrize(
@@ -91,7 +93,7 @@ class TestNew:
         ],
         ids=" ".join,
     )
-    def test_what_is_no_key_is_one_line(
+    def test_invalid_options_are_one_line(
         self, command: CommandLine, arguments: tuple[str, ...]
     ) -> None:
         command("keys", "new", *arguments).complaint()
@@ -119,7 +121,7 @@ class TestFile:
         ],
         ids=lambda text: text[:40],
     )
-    def test_what_is_no_key_file_is_one_line_that_names_it(self, tmp_path: Path, text: str) -> None:
+    def test_an_invalid_file_is_one_line_that_names_it(self, tmp_path: Path, text: str) -> None:
         path = tmp_path / "keys.toml"
         path.write_text(text)
         with pytest.raises(KeysError) as caught:
@@ -129,18 +131,20 @@ class TestFile:
         assert "in_the_clear" not in str(caught.value)
 
     @pytest.mark.parametrize("content", [b"\xff\xfe", b"\x00", b"#" * (2**20 + 1)], ids=range(3))
-    def test_bytes_that_are_no_key_file(self, tmp_path: Path, content: bytes) -> None:
+    def test_a_file_that_is_not_text_or_too_large_is_refused(
+        self, tmp_path: Path, content: bytes
+    ) -> None:
         path = tmp_path / "keys.toml"
         path.write_bytes(content)
         with pytest.raises(KeysError):
             read_keys(path)
 
-    def test_an_empty_one_has_no_keys(self, tmp_path: Path) -> None:
+    def test_an_empty_file_has_no_keys(self, tmp_path: Path) -> None:
         path = tmp_path / "keys.toml"
         path.write_text("")
         assert read_keys(path) == {}
 
-    def test_a_missing_one_is_one_line(self, command: CommandLine, tmp_path: Path) -> None:
+    def test_a_missing_file_is_one_line(self, command: CommandLine, tmp_path: Path) -> None:
         missing = tmp_path / "none.toml"
         line = command("serve", "--port=0", f"--keys-file={missing}").complaint()
         assert str(missing) in line
@@ -155,11 +159,13 @@ class TestRing:
     @pytest.mark.parametrize(
         "secret", [None, b"", b"One", b"one ", b"\xff", digest(b"one").encode()]
     )
-    def test_any_other_finds_nobody(self, file: Path, secret: bytes | None) -> None:
+    def test_an_unknown_secret_finds_no_caller(self, file: Path, secret: bytes | None) -> None:
         assert KeyRing({}, file).find(secret) is None
 
     @pytest.mark.parametrize("secret", [None, b"", b"wrong"])
-    def test_where_it_is_said_that_is_anonymous(self, file: Path, secret: bytes | None) -> None:
+    def test_unknown_callers_are_anonymous_if_allowed(
+        self, file: Path, secret: bytes | None
+    ) -> None:
         ring = KeyRing({}, file, anonymous=True)
         caller = ring.find(secret)
         assert caller is not None
@@ -171,11 +177,11 @@ class TestRing:
         with pytest.raises(KeysError, match="web"):
             KeyRing({"web": key("other")}, file)
 
-    def test_a_changed_file_is_read_again(self, file: Path) -> None:
-        clock, known = Clock(), []
+    def test_a_changed_file_is_reloaded(self, file: Path) -> None:
+        clock, reported = Clock(), []
 
         def changed(names: Collection[str]) -> None:
-            known.append(sorted(names))
+            reported.append(sorted(names))
 
         ring = KeyRing({}, file, clock=clock, changed=changed)
         write(file, web=key("fresh"), more=key("three"))
@@ -184,9 +190,9 @@ class TestRing:
         assert ring.find(b"one") is None
         assert ring.find(b"fresh") is not None
         assert ring.find(b"two") is None
-        assert known == [["ops", "web"], ["more", "web"]]
+        assert reported == [["ops", "web"], ["more", "web"]]
 
-    def test_a_file_that_breaks_leaves_the_keys_and_is_logged_once(self, file: Path) -> None:
+    def test_an_invalid_change_keeps_the_keys_and_is_logged_once(self, file: Path) -> None:
         clock = Clock()
         ring = KeyRing({}, file, clock=clock)
         file.write_text("web = 5\n")
@@ -202,7 +208,7 @@ class TestRing:
         clock.now += POLL_SECONDS
         assert ring.find(b"one") is None
 
-    def test_what_a_key_has_spent_outlives_a_change_of_others(self, file: Path) -> None:
+    def test_the_usage_of_a_key_survives_changes_of_other_keys(self, file: Path) -> None:
         clock = Clock()
         slow = key("slow", texts_per_second=1, burst=10)
         write(file, slow=slow)
@@ -212,11 +218,11 @@ class TestRing:
         assert caller.take(10, now=0) == 0
         write(file, slow=slow, more=key("more"))
         clock.now += POLL_SECONDS
-        again = ring.find(b"slow")
-        assert again is not None
-        assert again.take(1, now=0) == 1
+        reloaded = ring.find(b"slow")
+        assert reloaded is not None
+        assert reloaded.take(1, now=0) == 1
 
-    def test_a_symbolic_link_that_is_turned_is_seen(self, file: Path, tmp_path: Path) -> None:
+    def test_a_changed_symbolic_link_is_reloaded(self, file: Path, tmp_path: Path) -> None:
         clock = Clock()
         link = tmp_path / "current"
         link.symlink_to(file)
@@ -227,7 +233,7 @@ class TestRing:
         clock.now += POLL_SECONDS
         assert ring.find(b"fresh") is not None
 
-    def test_as_many_requests_as_allowed(self) -> None:
+    def test_max_requests_limits_running_requests(self) -> None:
         ring = KeyRing({"two": key("s", max_requests=2)})
         caller = ring.find(b"s")
         assert caller is not None
@@ -243,13 +249,13 @@ def test_one_secret_under_two_names_is_refused() -> None:
 
 class TestAccess:
     @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
-    def test_on_loopback_there_may_be_no_keys(self, host: str) -> None:
+    def test_no_keys_are_required_on_loopback(self, host: str) -> None:
         settings = Settings(host=host)
         settings.check_access()
         assert settings.anonymous
 
     @pytest.mark.parametrize("host", ["0.0.0.0", "::", "0", "192.0.2.1"])
-    def test_elsewhere_there_must_be_keys_or_a_word(self, host: str, file: Path) -> None:
+    def test_other_hosts_require_keys_or_allow_anonymous(self, host: str, file: Path) -> None:
         with pytest.raises(SettingsError, match="allow-anonymous"):
             Settings(host=host).check_access()
         with pytest.raises(SettingsError):
@@ -258,17 +264,17 @@ class TestAccess:
         Settings(host=host, keys_file=file).check_access()
         Settings(host=host, keys={"web": key("one")}).check_access()
 
-    def test_an_empty_key_file_leaves_nobody_in(self, tmp_path: Path) -> None:
+    def test_an_empty_key_file_allows_no_caller(self, tmp_path: Path) -> None:
         path = tmp_path / "keys.toml"
         path.write_text("")
         assert not Settings(keys_file=path).anonymous
 
-    def test_serve_says_so_in_one_line(self, command: CommandLine) -> None:
+    def test_serve_without_keys_is_one_line(self, command: CommandLine) -> None:
         line = command("serve", "--host=0.0.0.0", "--port=0").complaint(2)
         assert "0.0.0.0" in line
         assert "--allow-anonymous" in line
 
-    def test_an_empty_host_is_not_taken_for_loopback(self, command: CommandLine) -> None:
+    def test_an_empty_host_is_refused(self, command: CommandLine) -> None:
         assert "host" in command("serve", "--host=", "--port=0").complaint(2)
 
     @pytest.mark.parametrize(
@@ -286,7 +292,7 @@ class TestAccess:
             ("--keys", "web={}"),
         ],
     )
-    def test_what_makes_no_sense_is_one_line(
+    def test_invalid_access_settings_are_one_line(
         self, command: CommandLine, option: str, value: str
     ) -> None:
         command("serve", "--print-config", option, value).complaint(2)

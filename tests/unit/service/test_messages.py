@@ -1,4 +1,4 @@
-"""Every error code and log event of the code is explained, and nothing else is."""
+"""service/messages.py lists exactly the error codes and log events of the code."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from service.messages import ERROR_CODES, EVENTS, page
 
 ROOT = Path(__file__).parents[3]
 LEVELS = {"debug", "info", "warning", "error", "critical", "exception"}
-ELSEWHERE = {
+INDIRECT_CODES = {
     "already_served", "broken_checkpoint", "busy", "conflict", "load_timeout", "state_not_kept",
     "deadline", "invalid_settings", "not_supported", "method_not_allowed",
 }  # fmt: skip
-"""Codes that come from the hub, an engine or Starlette, by way of a variable."""
+"""Codes of the hub, an engine or Starlette, which are passed in variables."""
 
 
 def calls() -> Iterator[ast.Call]:
@@ -32,8 +32,8 @@ def literal(node: ast.expr | None) -> str | None:
     return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
 
 
-def logged(call: ast.Call) -> str | None:
-    """Return the event of a call that logs: of `log`, or of one of its methods as `write`."""
+def event_of(call: ast.Call) -> str | None:
+    """Return the event that a call logs with `log`, or with one of its methods named `write`."""
     match call.func:
         case ast.Attribute(value=ast.Name(id="log"), attr=level) if level in LEVELS:
             return literal(call.args[0])
@@ -42,8 +42,8 @@ def logged(call: ast.Call) -> str | None:
     return None
 
 
-def answered(call: ast.Call) -> str | None:
-    """Return the code of a call that makes an error; that of its status, if it names none."""
+def code_of(call: ast.Call) -> str | None:
+    """Return the code of a call that makes an `ApiError`, by default that of its status."""
     if not (isinstance(call.func, ast.Name) and call.func.id == "ApiError"):
         return None
     by_name = {keyword.arg: keyword.value for keyword in call.keywords}
@@ -55,22 +55,24 @@ def answered(call: ast.Call) -> str | None:
 
 
 def test_every_log_event_is_explained() -> None:
-    assert {event for call in calls() if (event := logged(call))} == set(EVENTS)
+    assert {event for call in calls() if (event := event_of(call))} == set(EVENTS)
 
 
 def test_every_error_code_is_explained() -> None:
-    assert {code for call in calls() if (code := answered(call))} | ELSEWHERE == set(ERROR_CODES)
+    assert {code for call in calls() if (code := code_of(call))} | INDIRECT_CODES == set(
+        ERROR_CODES
+    )
 
 
 def test_every_code_is_listed_with_its_statuses() -> None:
     for call in calls():
-        code = answered(call)
+        code = code_of(call)
         if code is not None and isinstance(call.args[0], ast.Constant):
             assert call.args[0].value in ERROR_CODES[code].statuses, code
 
 
 @pytest.mark.parametrize("event", sorted(EVENTS))
-def test_events_are_short_facts(event: str) -> None:
+def test_events_are_short_and_without_articles(event: str) -> None:
     assert len(event) <= 70
     assert not event.startswith(("a ", "an ", "the ", "this "))
     assert not event.endswith(".")

@@ -1,4 +1,4 @@
-"""The settings of `budgetformer serve`, seen through `--print-config`."""
+"""The settings of `budgetformer serve`, read with `--print-config`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def config_file(tmp_path: Path) -> Path:
 
 
 def printed(command: CommandLine, *arguments: Any) -> dict[str, Any]:
-    """Return what `serve --print-config` shows."""
+    """Return the output of `serve --print-config`."""
     outcome = command("serve", "--print-config", *arguments)
     assert (outcome.code, outcome.err) == (0, "")
     shown = json.loads(outcome.out)
@@ -55,16 +55,16 @@ def test_every_setting_is_printed(command: CommandLine) -> None:
         ("admin_key", None),
     ],
 )
-def test_defaults(command: CommandLine, name: str, value: object) -> None:
+def test_settings_have_their_defaults(command: CommandLine, name: str, value: object) -> None:
     assert printed(command)[name] == value
 
 
-def test_file_wins_over_default(command: CommandLine, config_file: Path) -> None:
+def test_the_file_overrides_defaults(command: CommandLine, config_file: Path) -> None:
     shown = printed(command, "--config", config_file)
     assert (shown["port"], shown["host"], shown["engines"]) == (7001, "0.0.0.0", 3)
 
 
-def test_environment_wins_over_file(
+def test_the_environment_overrides_the_file(
     command: CommandLine, config_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("BUDGETFORMER_PORT", "7002")
@@ -72,7 +72,7 @@ def test_environment_wins_over_file(
     assert (shown["port"], shown["engines"]) == (7002, 3)
 
 
-def test_flag_wins_over_environment_and_file(
+def test_flags_override_environment_and_file(
     command: CommandLine, config_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("BUDGETFORMER_PORT", "7002")
@@ -107,7 +107,9 @@ def test_options_can_be_given_with_an_equals_sign(command: CommandLine) -> None:
         ("--default-model", "topics", "topics"),
     ],
 )
-def test_values_of_flags(command: CommandLine, flag: str, text: str, value: object) -> None:
+def test_values_of_flags_are_parsed(
+    command: CommandLine, flag: str, text: str, value: object
+) -> None:
     assert printed(command, flag, text)[flag[2:].replace("-", "_")] == value
 
 
@@ -118,12 +120,12 @@ def test_a_flag_for_several_models_is_repeated(command: CommandLine) -> None:
     ]
 
 
-@pytest.mark.parametrize("place", ["flag", "environment", "file"])
+@pytest.mark.parametrize("source", ["flag", "environment", "file"])
 def test_secrets_are_masked(
-    command: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+    command: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
 ) -> None:
     arguments: list[object] = []
-    match place:
+    match source:
         case "flag":
             arguments = ["--admin-key", "open-sesame"]
         case "environment":
@@ -137,7 +139,7 @@ def test_secrets_are_masked(
     assert json.loads(outcome.out)["admin_key"] == "**********"
 
 
-def test_help_shows_every_option_with_its_text(command: CommandLine) -> None:
+def test_help_lists_every_option_with_its_description(command: CommandLine) -> None:
     outcome = command("serve", "--help")
     assert outcome.code == 0
     unwrapped = " ".join(outcome.out.split())
@@ -162,7 +164,7 @@ class TestRefused:
             ("budgetformer_adminkey", "BUDGETFORMER_ADMIN_KEY"),
         ],
     )
-    def test_an_unknown_variable_with_the_nearest_known(
+    def test_an_unknown_variable_names_the_nearest_known_one(
         self, command: CommandLine, monkeypatch: pytest.MonkeyPatch, name: str, near: str
     ) -> None:
         monkeypatch.setenv(name, "1")
@@ -175,7 +177,7 @@ class TestRefused:
         path.write_text("prot = 1\n")
         assert "prot" in command("serve", "--print-config", "--config", path).complaint(2)
 
-    def test_a_file_that_is_not_there(self, command: CommandLine, tmp_path: Path) -> None:
+    def test_a_missing_file(self, command: CommandLine, tmp_path: Path) -> None:
         path = tmp_path / "none.toml"
         assert str(path) in command("serve", "--print-config", "--config", path).complaint(2)
 
@@ -184,7 +186,7 @@ class TestRefused:
         path.write_text("port: 7001\n")
         command("serve", "--print-config", "--config", path).complaint(2)
 
-    def test_config_without_a_file(self, command: CommandLine) -> None:
+    def test_config_without_a_value(self, command: CommandLine) -> None:
         assert "--config" in command("serve", "--print-config", "--config").complaint(2)
 
     @pytest.mark.parametrize(
@@ -207,30 +209,30 @@ class TestRefused:
             ("--log-level", "loud"),
         ],
     )
-    def test_a_bad_value_of_a_flag(self, command: CommandLine, flag: str, value: str) -> None:
+    def test_an_invalid_value_of_a_flag(self, command: CommandLine, flag: str, value: str) -> None:
         outcome = command("serve", "--print-config", f"{flag}={value}")
         assert flag[2:].replace("-", "_") in outcome.complaint(2)
 
     @pytest.mark.parametrize(
         ("name", "value"), [("PORT", "many"), ("ENGINES", "1.5"), ("DEVICE", "")]
     )
-    def test_a_bad_value_of_a_variable(
+    def test_an_invalid_value_of_a_variable(
         self, command: CommandLine, monkeypatch: pytest.MonkeyPatch, name: str, value: str
     ) -> None:
         monkeypatch.setenv(f"BUDGETFORMER_{name}", value)
         assert name.lower() in command("serve", "--print-config").complaint(2)
 
-    def test_a_bad_value_in_the_file(self, command: CommandLine, tmp_path: Path) -> None:
+    def test_an_invalid_value_in_the_file(self, command: CommandLine, tmp_path: Path) -> None:
         path = tmp_path / "server.toml"
         path.write_text('port = "many"\n')
         assert "port" in command("serve", "--print-config", "--config", path).complaint(2)
 
-    def test_a_secret_is_not_repeated(self, command: CommandLine) -> None:
+    def test_errors_do_not_repeat_secrets(self, command: CommandLine) -> None:
         outcome = command("serve", "--print-config", "--admin-key", "open-sesame", "--port=many")
         assert "sesame" not in outcome.complaint(2)
 
 
-def test_the_admin_key_can_come_from_a_file(command: CommandLine, tmp_path: Path) -> None:
+def test_the_admin_key_can_be_read_from_a_file(command: CommandLine, tmp_path: Path) -> None:
     path = tmp_path / "key"
     path.write_text("open-sesame\n")
     outcome = command("serve", "--print-config", f"--admin-key-file={path}")
@@ -241,7 +243,7 @@ def test_the_admin_key_can_come_from_a_file(command: CommandLine, tmp_path: Path
     assert settings.admin_key.get_secret_value() == "open-sesame"
 
 
-def test_an_empty_file_holds_no_admin_key(command: CommandLine, tmp_path: Path) -> None:
+def test_an_empty_file_means_no_admin_key(command: CommandLine, tmp_path: Path) -> None:
     path = tmp_path / "key"
     path.write_text("\n")
     assert printed(command, f"--admin-key-file={path}")["admin_key"] is None
@@ -276,7 +278,9 @@ def test_one_engine_per_gpu_or_core(
     assert Settings(device=device, engines=3).resolved_engines() == 3
 
 
-def test_gpus_are_those_that_torch_sees(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_gpus_are_counted_by_torch_if_there_is_a_driver(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(service.settings, "GPU_DRIVERS", (str(tmp_path / "none"),))
     assert gpu_count.__wrapped__() == 0
     monkeypatch.setattr(service.settings, "GPU_DRIVERS", (str(tmp_path),))
@@ -286,7 +290,7 @@ def test_gpus_are_those_that_torch_sees(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 class TestServiceVariables:
-    """What Kubernetes and Docker set for a service whose name begins as our settings do."""
+    """Variables that Kubernetes and Docker set for services whose names begin like settings."""
 
     KUBERNETES = {
         "SERVICE_HOST": "10.0.0.1",
@@ -313,7 +317,7 @@ class TestServiceVariables:
 
     @pytest.mark.parametrize("variables", [KUBERNETES, DOCKER], ids=["kubernetes", "docker"])
     @pytest.mark.parametrize("name", ["", "CANARY_", "METRICS_", "A_B_C_"])
-    def test_they_are_no_settings(
+    def test_service_variables_are_ignored(
         self, command: CommandLine, monkeypatch: pytest.MonkeyPatch, variables: Any, name: str
     ) -> None:
         for variable, value in variables.items():
@@ -323,7 +327,7 @@ class TestServiceVariables:
         assert (shown["port"], shown["metrics_port"], shown["engines"]) == (8000, None, 3)
         assert Settings().port == 8000
 
-    def test_a_setting_beside_them_is_kept(
+    def test_a_setting_among_them_is_read(
         self, command: CommandLine, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         for variable, value in self.KUBERNETES.items():
@@ -344,7 +348,7 @@ class TestServiceVariables:
             ("ENV_HOST", "x"),
         ],
     )
-    def test_what_only_looks_like_them_is_refused(
+    def test_similar_unknown_variables_are_refused(
         self, command: CommandLine, monkeypatch: pytest.MonkeyPatch, name: str, value: str
     ) -> None:
         monkeypatch.setenv(f"BUDGETFORMER_{name}", value)
@@ -352,7 +356,7 @@ class TestServiceVariables:
         assert f"unknown environment variable BUDGETFORMER_{name}" in complaint
 
     @pytest.mark.parametrize("value", ["tcp:/10.0.0.1", "http://10.0.0.1:8000"])
-    def test_a_port_that_is_neither_is_refused(
+    def test_an_invalid_port_is_refused(
         self, command: CommandLine, monkeypatch: pytest.MonkeyPatch, value: str
     ) -> None:
         monkeypatch.setenv("BUDGETFORMER_PORT", value)
@@ -361,12 +365,12 @@ class TestServiceVariables:
 
 class TestRootPath:
     @pytest.mark.parametrize(
-        ("given", "kept"), [("", ""), ("/", ""), ("/a", "/a"), ("/a/b-c.d/", "/a/b-c.d")]
+        ("value", "expected"), [("", ""), ("/", ""), ("/a", "/a"), ("/a/b-c.d/", "/a/b-c.d")]
     )
-    def test_the_slash_at_its_end_is_dropped(
-        self, command: CommandLine, given: str, kept: str
+    def test_a_final_slash_is_removed(
+        self, command: CommandLine, value: str, expected: str
     ) -> None:
-        assert printed(command, f"--root-path={given}")["root_path"] == kept
+        assert printed(command, f"--root-path={value}")["root_path"] == expected
 
     @pytest.mark.parametrize(
         "value",
@@ -384,12 +388,12 @@ class TestRootPath:
             "/a%2Fb",
         ],
     )
-    def test_what_is_no_path(self, command: CommandLine, value: str) -> None:
+    def test_an_invalid_path_is_refused(self, command: CommandLine, value: str) -> None:
         complaint = command("serve", "--print-config", f"--root-path={value}").complaint(2)
         assert "root_path" in complaint
 
-    def test_one_that_begins_as_a_route_is_refused(self, command: CommandLine) -> None:
-        """Where a proxy has stripped it, the rest could not be told from the whole."""
+    def test_a_path_that_begins_like_a_route_is_refused(self, command: CommandLine) -> None:
+        """Otherwise, paths with and without the prefix would be ambiguous behind a proxy."""
         app = create_app(Settings(), Engines([]), Path("hub"))
         for path in (*app.openapi()["paths"], *UNLISTED, "/openapi.json"):
             if path != "/":
@@ -398,7 +402,7 @@ class TestRootPath:
                 assert "another path" in complaint.complaint(2)
 
 
-def test_a_cluster_is_not_ready_when_all_engines_are(command: CommandLine) -> None:
+def test_ready_when_all_is_refused_for_a_cluster(command: CommandLine) -> None:
     complaint = command("serve", "--print-config", "--ready-when=all", "--cluster").complaint(2)
     assert "ready_when=all does not apply" in complaint
 
@@ -413,12 +417,12 @@ class TestGrpcPort:
             (["--grpc-port=8001", "--cluster"], "grpc_port does not apply"),
         ],
     )
-    def test_what_it_cannot_be(
+    def test_an_invalid_port_is_refused_for_grpc(
         self, command: CommandLine, arguments: list[str], problem: str
     ) -> None:
         assert problem in command("serve", "--print-config", *arguments).complaint(2)
 
-    def test_without_the_package_one_line_says_how_to_get_it(
+    def test_a_missing_package_is_an_error_that_names_the_extra(
         self, command: CommandLine, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(service.settings, "find_spec", lambda _name: None)
@@ -428,29 +432,29 @@ class TestGrpcPort:
 
 
 class TestReload:
-    def test_what_changes_without_a_restart(self) -> None:
+    def test_the_reloadable_settings_are_these(self) -> None:
         assert set(Settings.reloadable()) == {
             "quality", "quality_floor", "keys", "admin_key", "admin_key_file", "tls_cert",
             "tls_key", "tls_client_ca", "log_level", "access_log", "model_settings",
         }  # fmt: skip
 
-    def test_settings_that_differ_are_told_apart(self) -> None:
+    def test_differences_are_grouped_by_reloadable_and_not(self) -> None:
         before = Settings(log_level="info", port=8000, quality="auto")
         after = Settings(log_level="debug", port=9000, quality="fast", fronts=2)
         assert before.differences(after) == (["quality", "log_level"], ["port", "fronts"])
         assert before.differences(before.model_copy()) == ([], [])
 
-    def test_whether_grpc_asks_for_certificates_stays(self) -> None:
+    def test_client_certificates_cannot_be_switched_on_for_grpc(self) -> None:
         files = {"tls_cert": Path("a"), "tls_key": Path("b")}
         for port, changes in ((None, True), (8001, False)):
             before = Settings(grpc_port=port, **files)
             after = Settings(grpc_port=port, tls_client_ca=Path("c"), **files)
-            told = (["tls_client_ca"], [])
-            assert before.differences(after) == (told if changes else told[::-1])
+            reloadable = (["tls_client_ca"], [])
+            assert before.differences(after) == (reloadable if changes else reloadable[::-1])
             other = after.model_copy(update={"tls_client_ca": Path("d")})
-            assert after.differences(other) == told
+            assert after.differences(other) == reloadable
 
-    def test_whether_the_server_speaks_tls_stays(self) -> None:
+    def test_tls_cannot_be_switched_on_or_off(self) -> None:
         plain = Settings()
         secure = Settings(tls_cert=Path("a"), tls_key=Path("b"))
         other = Settings(tls_cert=Path("c"), tls_key=Path("b"))
@@ -460,7 +464,7 @@ class TestReload:
 
 
 class TestModels:
-    def test_a_table_of_the_file_holds_what_one_model_has_of_its_own(
+    def test_a_table_of_the_file_sets_the_settings_of_one_model(
         self, command: CommandLine, tmp_path: Path
     ) -> None:
         file = tmp_path / "config.toml"
@@ -471,23 +475,23 @@ class TestModels:
         outcome = command("serve", "--print-config", "--config", file, "--models", "topics")
         shown = Settings(**json.loads(outcome.out))
         assert shown.models == ["topics"]
-        for model, found in {
+        for model, expected in {
             "topics": ("fast", "balanced", 500),
             "tags": ("best", "fast", 10_000),
         }.items():
-            asked = shown.quality_of(model), shown.floor_of(model), shown.timeout_ms_of(model)
-            assert asked == found
+            actual = shown.quality_of(model), shown.floor_of(model), shown.timeout_ms_of(model)
+            assert actual == expected
         assert shown.queue_items() == {"topics": 9}
         assert shown.model_floors() == {"topics": "balanced"}
         assert shown.warm_up_steps() == {"topics": [1, 2]}
 
-    def test_a_share_of_the_queue_in_a_table_wins_over_the_older_setting(self) -> None:
-        own = {"topics": ModelSettings(queue_items=3)}
-        given = Settings(model_queue_items={"topics": 5, "tags": 6}, model_settings=own)
-        assert given.queue_items() == {"topics": 3, "tags": 6}
+    def test_queue_items_of_a_table_override_the_older_setting(self) -> None:
+        tables = {"topics": ModelSettings(queue_items=3)}
+        settings = Settings(model_queue_items={"topics": 5, "tags": 6}, model_settings=tables)
+        assert settings.queue_items() == {"topics": 3, "tags": 6}
 
     @pytest.mark.parametrize(
-        ("line", "told"),
+        ("line", "message"),
         [
             ("qualty = 1", "model_settings.topics: Value error, a model has no setting 'qualty'"),
             ('quality = "fst"', "model_settings.topics.quality"),
@@ -495,12 +499,12 @@ class TestModels:
             ("quality = 101.0", "0..100"),
         ],
     )
-    def test_what_is_wrong_is_one_line(
-        self, command: CommandLine, tmp_path: Path, line: str, told: str
+    def test_an_invalid_table_is_one_line(
+        self, command: CommandLine, tmp_path: Path, line: str, message: str
     ) -> None:
         file = tmp_path / "config.toml"
         file.write_text(f"[models.topics]\n{line}\n")
-        assert told in command("serve", "--print-config", "--config", file).complaint(2)
+        assert message in command("serve", "--print-config", "--config", file).complaint(2)
 
     def test_tables_under_both_names_are_refused(
         self, command: CommandLine, tmp_path: Path

@@ -1,4 +1,4 @@
-"""Which URLs the server reads for a caller."""
+"""The URLs that the server may read for a caller."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PREFIXES = ["https://data.example/files", "s3://bucket/texts/", "http://127.0.0.
         "http://127.0.0.1:9000/any.jsonl",
     ],
 )
-def test_what_is_below_a_prefix_is_allowed(url: str) -> None:
+def test_urls_below_a_prefix_are_allowed(url: str) -> None:
     assert is_allowed(url, PREFIXES)
 
 
@@ -36,7 +36,7 @@ def test_what_is_below_a_prefix_is_allowed(url: str) -> None:
         "http://127.0.0.1:9001/any.jsonl",
     ],
 )
-def test_what_is_elsewhere_is_not(url: str) -> None:
+def test_other_urls_are_not_allowed(url: str) -> None:
     assert not is_allowed(url, PREFIXES)
 
 
@@ -69,19 +69,19 @@ def test_what_is_elsewhere_is_not(url: str) -> None:
         "",
     ],
 )
-def test_what_readers_may_understand_differently_is_refused(url: str) -> None:
+def test_ambiguous_and_local_urls_are_refused(url: str) -> None:
     with pytest.raises(ValueError, match="URL|path|server itself"):
         is_allowed(url, PREFIXES)
 
 
-def test_nothing_is_allowed_without_a_prefix() -> None:
+def test_no_url_is_allowed_without_a_prefix() -> None:
     assert not is_allowed("https://data.example/files/a.csv", [])
 
 
-def test_a_prefix_of_everything_on_a_host() -> None:
+def test_a_prefix_may_be_a_whole_host() -> None:
     assert split_url("https://data.example") == split_url("https://data.example/")
     assert is_allowed("https://data.example/a.csv", ["https://data.example"])
 
 
-def test_a_query_is_not_shown() -> None:
+def test_without_query_removes_the_query() -> None:
     assert without_query("https://data.example/a.csv?signature=x") == "https://data.example/a.csv"

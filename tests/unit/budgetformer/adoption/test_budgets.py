@@ -1,4 +1,4 @@
-"""Budgets out of texts without labels: the classifier's own answers are what counts."""
+"""`add_budgets` trains budgets from unlabelled texts; the classifier's answers are the targets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from budgetformer.errors import BudgetFormerError, CheckpointError, DataError
 from budgetformer.training.recipe import Recipe
 from tests.support.classifiers import save_classifier
 from tests.support.stores import labelled_sentences, write_jsonl
-from tests.unit.budgetformer.adoption.test_as_is import theirs, touch
+from tests.unit.budgetformer.adoption.test_as_is import add_files, pipeline_probabilities
 
 ROWS = [{"text": text} for text, _ in labelled_sentences()]
 SHORT = {"hold_out": 0.4, "max_length": 16, "exit_weights": 2**10}
@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_classifier(tmp_path_factory.mktemp("source") / "made", num_hidden_layers=2)
 
 
-def run(
+def adopt(
     folder: Path, tmp_path: Path, rows: Any = ROWS, effort: str = "minutes", **recipe: Any
 ) -> tuple[Checkpoint, list[str]]:
     lines: list[str] = []
@@ -48,23 +48,25 @@ def run(
 
 @pytest.fixture(scope="module")
 def made(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    return run(folder, tmp_path_factory.mktemp("minutes"))[0]
+    return adopt(folder, tmp_path_factory.mktemp("minutes"))[0]
 
 
-class TestMinutes:
-    def test_the_full_budget_is_the_classifier(self, folder: Path, made: Checkpoint) -> None:
+class TestEffortMinutes:
+    def test_the_full_budget_answers_like_the_classifier(
+        self, folder: Path, made: Checkpoint
+    ) -> None:
         texts = [str(row["text"]) for row in ROWS[:9]]
         answers = Classifier(made.path, precision="float32")(texts, heads=made.num_heads)
-        for answer, expected in zip(answers, theirs(folder, texts), strict=True):
-            own = dict(zip(made.manifest.labels, answer.probs, strict=True))
-            assert own == pytest.approx(expected, abs=1e-3)
+        for answer, expected in zip(answers, pipeline_probabilities(folder, texts), strict=True):
+            probabilities = dict(zip(made.manifest.labels, answer.probs, strict=True))
+            assert probabilities == pytest.approx(expected, abs=1e-3)
             assert answer.steps == [len(made.ladder)]
 
     def test_weights_keep_their_precision(self, made: Checkpoint) -> None:
         weights = load_file(made.path / "model.safetensors")
         assert weights["encoder.layers.0.attention.query.weight"].dtype == torch.float32
 
-    def test_levels_promise_agreement(self, made: Checkpoint) -> None:
+    def test_levels_are_calibrated_by_agreement(self, made: Checkpoint) -> None:
         manifest = made.manifest
         assert manifest.measure == "agreement"
         assert list(manifest.named_levels) == ["fast", "balanced", "best"]
@@ -74,7 +76,7 @@ class TestMinutes:
             assert level.agreement_interval is not None
         assert manifest.named_levels["best"].agreement >= 0.97
 
-    def test_agreement_is_what_a_user_measures(self, made: Checkpoint) -> None:
+    def test_the_stated_agreement_can_be_measured_by_a_user(self, made: Checkpoint) -> None:
         texts = [str(row["text"]) for row in ROWS]
         ask = Classifier(made.path)
         full = [a.label for a in ask(texts, heads=made.num_heads)]
@@ -85,11 +87,11 @@ class TestMinutes:
         assert shares == sorted(shares)
         assert shares[-1] >= 0.97
 
-    def test_its_card_says_what_it_costs(self, made: Checkpoint) -> None:
+    def test_the_card_shows_times_and_prices(self, made: Checkpoint) -> None:
         timing = made.manifest.timing
         assert timing is not None
         assert set(timing.milliseconds) == {"fast", "balanced", "best", "full budget"}
-        assert all(own > 0 for own in timing.milliseconds.values())
+        assert all(ms > 0 for ms in timing.milliseconds.values())
         card = (made.path / "README.md").read_text()
         assert "cost of a million texts" in card
         assert "the share of answers that equal those of the full network" in card
@@ -98,23 +100,26 @@ class TestMinutes:
         )
 
 
-def test_labels_only_say_how_accurate_it_is(folder: Path, made: Checkpoint, tmp_path: Path) -> None:
+def test_labels_only_add_the_accuracy(folder: Path, made: Checkpoint, tmp_path: Path) -> None:
     names = {"animals": "calm", "music": "glad", "weather": "sad"}
     rows = [{"text": text, "label": names[label]} for text, label in labelled_sentences()]
-    labelled, _ = run(folder, tmp_path, rows)
-    for own, other in zip(labelled.manifest.levels, made.manifest.levels, strict=True):
-        assert own.accuracy is not None
-        assert own.model_copy(update={"accuracy": None, "interval": None}) == other
+    labelled, _ = adopt(folder, tmp_path, rows)
+    for level, unlabelled in zip(labelled.manifest.levels, made.manifest.levels, strict=True):
+        assert level.accuracy is not None
+        assert level.model_copy(update={"accuracy": None, "interval": None}) == unlabelled
 
 
-def test_hours_teach_every_step_the_answers(folder: Path, made: Checkpoint, tmp_path: Path) -> None:
-    taught, _ = run(
+def test_effort_hours_brings_every_step_closer_to_the_classifier(
+    folder: Path, made: Checkpoint, tmp_path: Path
+) -> None:
+    taught, _ = adopt(
         folder, tmp_path, effort="hours", budget_epochs=60, learning_rate=3e-3, batch_size=12
     )
     assert taught.manifest.measure == "agreement"
     texts = [str(row["text"]) for row in ROWS]
     names = made.manifest.labels
-    wanted = np.array([[own[name] for name in names] for own in theirs(folder, texts)])
+    probabilities = pipeline_probabilities(folder, texts)
+    wanted = np.array([[by_label[name] for name in names] for by_label in probabilities])
 
     def distance(checkpoint: Checkpoint) -> float:
         answers = Classifier(checkpoint.path)(texts, heads=1)
@@ -133,20 +138,20 @@ def test_hours_teach_every_step_the_answers(folder: Path, made: Checkpoint, tmp_
         ),
     ],
 )
-def test_recipes_that_would_not_keep_the_classifier(
+def test_a_recipe_that_changes_the_classifier_is_refused(
     folder: Path, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(DataError, match=message):
-        run(folder, tmp_path, **change)
+        adopt(folder, tmp_path, **change)
 
 
-def test_too_few_texts(folder: Path, tmp_path: Path) -> None:
+def test_too_few_texts_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="20 texts, at least 100 are required"):
-        run(folder, tmp_path, ROWS[:20])
+        adopt(folder, tmp_path, ROWS[:20])
 
 
-def test_a_log_that_is_larger_than_needed_is_sampled(folder: Path, tmp_path: Path) -> None:
-    checkpoint, lines = run(folder, tmp_path, max_train_rows=102)
+def test_more_texts_than_needed_are_sampled(folder: Path, tmp_path: Path) -> None:
+    checkpoint, lines = adopt(folder, tmp_path, max_train_rows=102)
     assert f"102 of {len(ROWS)} texts, drawn at random" in lines
     metrics = checkpoint.manifest.metrics
     assert metrics["train_rows"] + metrics["calibration_rows"] == 102
@@ -154,12 +159,12 @@ def test_a_log_that_is_larger_than_needed_is_sampled(folder: Path, tmp_path: Pat
 
 def test_an_encoder_without_a_head_is_refused(tmp_path: Path) -> None:
     source = save_classifier(tmp_path / "made")
-    touch("modules.json")(source)
+    add_files("modules.json")(source)
     with pytest.raises(CheckpointError, match="sentence-transformers"):
-        run(source, tmp_path)
+        adopt(source, tmp_path)
 
 
-def test_labels_that_the_classifier_does_not_know(folder: Path, tmp_path: Path) -> None:
+def test_labels_unknown_to_the_classifier_are_refused(folder: Path, tmp_path: Path) -> None:
     rows = [{"text": text, "label": "another"} for text, _ in labelled_sentences()]
     with pytest.raises(BudgetFormerError, match="another"):
-        run(folder, tmp_path, rows)
+        adopt(folder, tmp_path, rows)

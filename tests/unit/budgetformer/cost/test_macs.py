@@ -1,3 +1,5 @@
+"""Multiply-adds: the counter against known products, the formulas against the counter."""
+
 from __future__ import annotations
 
 import pytest
@@ -20,8 +22,8 @@ from tests.support.counter import MacCounter, step_macs
 from tests.support.networks import PROPERTY, configs, networks, small_config
 
 TOKENS = st.integers(0, 12)
-EVEN = {"exit_weight": 0.0, "encoder_weight": 1.0}
-"""Fusion of a ladder of any length."""
+NO_FUSION = {"exit_weight": 0.0, "encoder_weight": 1.0}
+"""Fusion weights that fit a ladder of any length."""
 
 
 def count(*calls: object) -> int:
@@ -70,12 +72,12 @@ def test_counter_counts_nothing_outside_its_block() -> None:
     assert counter.macs == 12
 
 
-def test_counter_counts_no_look_up_and_no_norm() -> None:
+def test_counter_ignores_embedding_lookups_and_norms() -> None:
     embedding, norm = torch.nn.Embedding(10, 4), torch.nn.LayerNorm(4)
     assert count((embedding, torch.tensor([1, 2])), (norm, torch.ones(2, 4))) == 0
 
 
-def test_layer_worked_by_hand() -> None:
+def test_layer_macs_match_a_hand_calculation() -> None:
     # width 16, head 4, 6 neurons per head; 2 heads over 5 tokens
     config = small_config()
     projections = 4 * 5 * 16 * 8
@@ -84,7 +86,7 @@ def test_layer_worked_by_hand() -> None:
     assert layer_macs(config, 2, 5) == projections + attention + feed_forward
 
 
-def test_decision_worked_by_hand() -> None:
+def test_decision_macs_match_a_hand_calculation() -> None:
     controller = 16 * 5 + 5
     scorer = 16 * 3 * 4
     assert decision_macs(small_config()) == controller
@@ -116,12 +118,12 @@ def test_escalating_from_step_zero_costs_one_pass() -> None:
 
 @PROPERTY
 @given(
-    # The reference maps the embeddings of distances each time, a pass once for all.
+    # The reference maps distance embeddings in each call; a compact pass maps them once.
     networks().filter(lambda network: network.encoder.distances is None),
     st.integers(1, 3),
     st.integers(1, 12),
 )
-def test_reference_network_executes_the_dense_count(
+def test_reference_network_executes_dense_macs(
     network: BudgetFormerForSequenceClassification, count_of_items: int, tokens: int
 ) -> None:
     ids = torch.ones(count_of_items, tokens, dtype=torch.long)
@@ -138,7 +140,7 @@ def test_full_step_costs_the_dense_network_and_the_decision(
     config: BudgetFormerConfig, tokens: int
 ) -> None:
     full = [config.num_attention_heads] * config.num_hidden_layers
-    changes = {"ladder": [full]} | EVEN
+    changes = {"ladder": [full]} | NO_FUSION
     config = BudgetFormerConfig.from_dict(config.to_dict() | changes)
     decided = decision_macs(config, tokens)
     assert step_macs(config, [1], tokens) == dense_macs(config, tokens) + decided
@@ -156,7 +158,7 @@ def test_layer_cost_rises_with_heads(config: BudgetFormerConfig, heads: int, tok
 @PROPERTY
 @given(configs(), TOKENS)
 def test_uniform_step_cost_rises_with_the_step(config: BudgetFormerConfig, tokens: int) -> None:
-    config = BudgetFormerConfig.from_dict(config.to_dict() | {"ladder": None} | EVEN)
+    config = BudgetFormerConfig.from_dict(config.to_dict() | {"ladder": None} | NO_FUSION)
     costs = [step_macs(config, [step], tokens) for step in range(1, config.num_steps + 1)]
     assert costs == sorted(costs)
 
@@ -170,7 +172,9 @@ def test_cost_rises_with_tokens(config: BudgetFormerConfig, heads: int, tokens: 
 
 @PROPERTY
 @given(configs(budget_ffn=True, ladder=None), TOKENS)
-def test_coupling_saves_until_all_heads_are_kept(config: BudgetFormerConfig, tokens: int) -> None:
+def test_coupled_neurons_save_macs_for_every_unselected_head(
+    config: BudgetFormerConfig, tokens: int
+) -> None:
     whole = BudgetFormerConfig.from_dict(config.to_dict() | {"budget_ffn": False})
     heads = config.num_attention_heads
     assert layer_macs(config, heads, tokens) == layer_macs(whole, heads, tokens)
@@ -182,7 +186,7 @@ def test_coupling_saves_until_all_heads_are_kept(config: BudgetFormerConfig, tok
 
 
 def top_macs(config: BudgetFormerConfig) -> int:
-    """Return what lies between the pooled state and the logits."""
+    """Return the multiply-adds between the pooled state and the logits."""
     width = config.hidden_size
     return width * config.num_labels + (width * width if config.head_activation else 0)
 
@@ -204,7 +208,7 @@ def test_an_empty_item_costs_its_decision_and_the_classifier(config: BudgetForme
 
 
 @PROPERTY
-@given(configs(budget_scope="input", **EVEN), st.data())
+@given(configs(budget_scope="input", **NO_FUSION), st.data())
 def test_a_chain_that_fits_never_costs_more_than_the_full_step(
     config: BudgetFormerConfig, data: st.DataObject
 ) -> None:
@@ -214,14 +218,14 @@ def test_a_chain_that_fits_never_costs_more_than_the_full_step(
     fits = fits_in_full_pass(config, chain)
     if fits:
         assert step_macs(config, chain, tokens) <= full
-    else:  # then there is a length at which it does cost more
+    else:  # then the chain costs more at some length
         lengths = [1, 2, 3, 10**6]
         assert any(
             step_macs(config, chain, n) > step_macs(config, [config.num_steps], n) for n in lengths
         )
 
 
-def test_one_step_always_fits_and_two_full_ones_never() -> None:
+def test_a_single_step_fits_in_a_full_pass_and_two_full_ones_do_not() -> None:
     config = small_config(embedding_exit=True)
     assert all(fits_in_full_pass(config, [0, step]) for step in range(1, config.num_steps + 1))
     assert fits_in_full_pass(config, [0, 1, 2])

@@ -1,3 +1,5 @@
+"""Cost tables: fitted to measurements, guessed from multiply-adds, written and read."""
+
 from __future__ import annotations
 
 import json
@@ -36,7 +38,7 @@ costs = st.floats(1e-7, 1e-2)
 
 @PROPERTY
 @given(st.builds(StepCost, costs, costs, costs))
-def test_a_fit_finds_the_costs_that_made_the_times(cost: StepCost) -> None:
+def test_a_fit_recovers_the_costs_behind_the_times(cost: StepCost) -> None:
     table = fit_table("m:1", "cpu", "float32", measured(0, cost.seconds))
     for batch in measured(0, cost.seconds):
         assert table.batch(0, batch.tokens, batch.items) == pytest.approx(batch.seconds, rel=1e-3)
@@ -50,24 +52,24 @@ def test_no_cost_is_ever_negative(seconds: list[float]) -> None:
     assert all(value >= 0 for value in asdict(table.steps[0]).values())
 
 
-def test_every_step_needs_three_batches() -> None:
+def test_a_step_with_fewer_than_three_batches_is_refused() -> None:
     with pytest.raises(ValueError, match="three timed batches"):
         fit_table("m:1", "cpu", "float32", measured(1, lambda t, _: t * 1e-6))
 
 
-def test_a_batch_is_its_constant_and_the_shares_of_its_items() -> None:
+def test_batch_seconds_are_the_constant_plus_the_share_of_each_item() -> None:
     together = TABLE.constant(1) + 3 * TABLE.share(1, 40)
     assert TABLE.batch(1, 120, 3) == pytest.approx(together)
 
 
-def test_a_guess_follows_the_multiply_adds() -> None:
+def test_guessed_costs_are_proportional_to_multiply_adds() -> None:
     table = guess_table("m:1", [0.0, 100.0, 300.0], 1e-9, 1e-3)
     assert table.share(2, 10) == pytest.approx(3 * table.share(1, 10))
     assert table.constant(1) == 1e-3
     assert table.dtype == ""
 
 
-def test_a_table_survives_its_file(tmp_path: Path) -> None:
+def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
     (tmp_path / "news-1.json").write_text(TABLE.dump())
     assert read_tables(tmp_path) == {"news:1": TABLE}
     assert read_tables(tmp_path / "news-1.json") == {"news:1": TABLE}
@@ -85,14 +87,16 @@ def test_a_table_survives_its_file(tmp_path: Path) -> None:
         ({"steps": None}, "steps must be a list"),
     ],
 )
-def test_a_damaged_table(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+def test_a_damaged_table_is_refused(
+    tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
     path = tmp_path / "news-1.json"
     path.write_text(json.dumps(json.loads(TABLE.dump()) | changes))
     with pytest.raises(DataError, match=message):
         read_tables(path)
 
 
-def test_no_table(tmp_path: Path) -> None:
+def test_a_missing_or_unreadable_table_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no cost table"):
         read_tables(tmp_path)
     with pytest.raises(DataError, match="No such file"):

@@ -1,3 +1,5 @@
+"""Baselines: the dense network's exits at each layer, and smaller dense networks."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -16,18 +18,18 @@ from budgetformer.experiments.baselines import (
 )
 from budgetformer.training.data import TokenizedTexts
 from budgetformer.training.recipe import Recipe
+from tests.support.networks import new_network
 from tests.support.stores import single_label_rows, write_jsonl
 from tests.support.texts import topic_examples
-from tests.unit.budgetformer.training.test_trainer import new_network
 
 RECIPE = Recipe(max_length=16, batch_size=12, learning_rate=5e-3, dense_epochs=1, budget_epochs=3)
 
 
 @pytest.fixture(scope="module")
-def kept(
+def trained(
     tmp_path_factory: pytest.TempPathFactory, _tokenizer_text: str
 ) -> tuple[Baseline, TokenizedTexts]:
-    """Return trained baselines, and the texts that they learned from."""
+    """Return trained baselines and their training texts."""
     tmp_path = tmp_path_factory.mktemp("baseline")
     examples, tokenizer = topic_examples(), Tokenizer.from_str(_tokenizer_text)
     tokens = TokenizedTexts(tokenizer, examples.texts, examples.pairs, 16)
@@ -37,27 +39,27 @@ def kept(
 
 
 class TestBaseline:
-    def test_the_last_layer_is_the_network(self, kept: tuple[Baseline, TokenizedTexts]) -> None:
-        baseline, tokens = kept
+    def test_the_exit_of_the_last_layer_is_the_network(
+        self, trained: tuple[Baseline, TokenizedTexts]
+    ) -> None:
+        baseline, tokens = trained
         logits = baseline.layer_logits(tokens)
         batch = tokens.batch(torch.arange(5).numpy())
         with torch.no_grad():
             expected = baseline.model(batch.input_ids, batch.attention_mask, steps=4).logits
         torch.testing.assert_close(logits[-1, :5], expected, rtol=1e-4, atol=1e-5)
 
-    def test_exits_answer_like_trained_classifiers(
-        self, kept: tuple[Baseline, TokenizedTexts]
-    ) -> None:
-        baseline, tokens = kept
+    def test_exits_learn_the_labels(self, trained: tuple[Baseline, TokenizedTexts]) -> None:
+        baseline, tokens = trained
         right = baseline.layer_logits(tokens).argmax(-1) == torch.from_numpy(
             topic_examples().labels
         )
         assert (right.float().mean(1) > 0.9).all()  # three topics with words of their own
 
     def test_smaller_networks_answer_with_fewer_layers_and_heads(
-        self, kept: tuple[Baseline, TokenizedTexts]
+        self, trained: tuple[Baseline, TokenizedTexts]
     ) -> None:
-        baseline, tokens = kept
+        baseline, tokens = trained
         plans = [model.config.ladder for model in baseline.smaller]
         assert plans == [[[1]], [[2]], [[4]]]  # of 2 layers with 4 heads
         labels = torch.from_numpy(topic_examples().labels)
@@ -73,7 +75,7 @@ class TestBaseline:
         assert small.config.num_hidden_layers == 2
         assert model.config.num_hidden_layers == 5
 
-    def test_a_folder_without_one(self, tmp_path: Path) -> None:
+    def test_a_folder_without_baselines_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="no dense network"):
             read_baseline(tmp_path)
 

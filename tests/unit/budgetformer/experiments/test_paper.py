@@ -1,3 +1,5 @@
+"""The paper's experiment: its variants, its statistics, and the study as a whole."""
+
 from __future__ import annotations
 
 import json
@@ -38,17 +40,17 @@ vocab_size = 150
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Return a folder of synthetic sentences to train and to test on."""
-    place = tmp_path / "topics"
-    place.mkdir()
+    folder = tmp_path / "topics"
+    folder.mkdir()
     examples = topic_examples()
     lines = [
         json.dumps({"text": text, "label": int(label)})
         for text, label in zip(examples.texts, examples.labels, strict=True)
     ]
-    (place / "train.jsonl").write_text("\n".join(lines[:96]))
-    (place / "test.jsonl").write_text("\n".join(lines[96:]))
-    (place / "labels.json").write_text(json.dumps(examples.names))
-    return place
+    (folder / "train.jsonl").write_text("\n".join(lines[:96]))
+    (folder / "test.jsonl").write_text("\n".join(lines[96:]))
+    (folder / "labels.json").write_text(json.dumps(examples.names))
+    return folder
 
 
 @pytest.fixture
@@ -59,37 +61,37 @@ def recipe(tmp_path: Path) -> Path:
 
 
 class TestVariants:
-    def test_the_plain_network_trains_as_long_and_decides_nothing(self) -> None:
+    def test_the_full_network_trains_as_long_and_selects_no_heads(self) -> None:
         base = Recipe.read("paper-small")
         full = paper.variant_recipe(base, paper.FULL)
         assert (full.dense_epochs, full.budget_epochs) == (base.budget_epochs, 0)
         assert full.head_selection == "ranked"
 
-    def test_the_recipe_itself_is_unchanged(self) -> None:
+    def test_the_recipe_variant_is_the_recipe(self) -> None:
         base = Recipe.read("paper-small", seed=3)
         assert paper.variant_recipe(base, paper.RECIPE) == base
 
 
-class TestRanking:
-    def test_perfect_reversed_and_blind(self) -> None:
+class TestAuc:
+    def test_of_perfect_reversed_and_constant_scores(self) -> None:
         positive = np.array([False, False, True, True])
         assert paper.auc(np.array([0.1, 0.2, 0.3, 0.4]), positive) == 1
         assert paper.auc(np.array([0.4, 0.3, 0.2, 0.1]), positive) == 0
         assert paper.auc(np.ones(4), positive) == 0.5
 
-    def test_counts_pairs(self) -> None:
+    def test_is_the_share_of_ordered_pairs(self) -> None:
         positive = np.array([True, False, True, False, False])
-        # of six pairs the positive one is higher in three, and equal in one
+        # of six pairs, the positive score is higher in two and equal in one
         assert paper.auc(np.array([2, 1, 3, 3, 4]), positive) == pytest.approx(2.5 / 6)
 
-    def test_one_kind_only(self) -> None:
+    def test_without_negatives_is_one_half(self) -> None:
         assert paper.auc(np.array([1.0, 2.0]), np.array([True, True])) == 0.5
 
 
-class TestExplained:
+class TestExplainedVariance:
     GROUPS = np.array([0, 0, 1, 1])
 
-    def test_all_nothing_and_half(self) -> None:
+    def test_of_groups_that_explain_all_nothing_and_half(self) -> None:
         assert paper.explained_variance(np.array([1.0, 1.0, 3.0, 3.0]), self.GROUPS) == 1
         assert paper.explained_variance(np.array([1.0, 3.0, 1.0, 3.0]), self.GROUPS) == 0
         assert paper.explained_variance(
@@ -97,7 +99,7 @@ class TestExplained:
         ) == pytest.approx(0.5)
 
     @pytest.mark.parametrize("value", [1.0, 0.1])
-    def test_a_constant_has_nothing_to_explain(self, value: float) -> None:
+    def test_of_a_constant_is_zero(self, value: float) -> None:
         values, groups = np.full(1001, value), np.arange(1001) % 7
         assert paper.explained_variance(values, groups) == 0
 
@@ -115,7 +117,7 @@ class TestSavedShares:
         controller_hidden_size=4,
     )
 
-    def test_by_hand(self) -> None:
+    def test_match_a_hand_calculation(self) -> None:
         attention, compact = paper.saved_shares(self.CONFIG, np.array([[1, 3]]), np.array([10]))
         # one layer of 10 tokens: projections 4*10*16*16, attention 2*10*10*16, neurons 2*10*16*32
         dense = 2 * (10_240 + 3_200 + 10_240) + 16 * 2
@@ -123,7 +125,7 @@ class TestSavedShares:
         decisions = 2 * (16 + 1) * 4 + 16 * 2 * 4
         assert compact == pytest.approx(((0.75 + 0.25) * 13_440 - decisions) / dense)
 
-    def test_all_heads_save_nothing_and_pay_for_the_decision(self) -> None:
+    def test_all_heads_save_nothing_and_cost_the_decision(self) -> None:
         attention, compact = paper.saved_shares(
             self.CONFIG, np.array([[4, 4], [4, 4]]), np.array([3, 9])
         )
@@ -132,7 +134,7 @@ class TestSavedShares:
 
 
 class TestStudy:
-    def test_reports_every_variant_and_goes_on(
+    def test_reports_every_variant_and_resumes(
         self, folder: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         work = tmp_path / "work"
@@ -165,7 +167,7 @@ class TestStudy:
             paper.main([*arguments, "--out", str(second)])
 
     @pytest.mark.parametrize("random_heads", [True, False])
-    def test_scores_as_it_trained(
+    def test_heads_are_random_in_scoring_only_if_they_were_in_training(
         self, folder: Path, recipe: Path, tmp_path: Path, random_heads: bool
     ) -> None:
         made = Recipe.read(recipe, random_heads=random_heads)
@@ -176,7 +178,9 @@ class TestStudy:
         choices = model(**batch, steps=2).gates.flatten(1)
         assert (len(choices.unique(dim=0)) > 1) == random_heads
 
-    def test_needs_a_test_file(self, folder: Path, recipe: Path, tmp_path: Path) -> None:
+    def test_refuses_data_without_a_test_file(
+        self, folder: Path, recipe: Path, tmp_path: Path
+    ) -> None:
         (folder / "test.jsonl").unlink()
         with pytest.raises(DataError, match="has no test file"):
             paper.main(

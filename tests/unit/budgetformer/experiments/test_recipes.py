@@ -1,3 +1,5 @@
+"""The comparison of recipes: variants of one recipe, each trained once."""
+
 from __future__ import annotations
 
 import json
@@ -44,7 +46,7 @@ def test_variants_change_keys_of_the_recipe(study: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["sandwich = 1", "[variants.a]\nsandwitch = true", "= 1", "variants = 1", "teacher = 1"]
 )
-def test_a_study_that_is_wrong_is_refused(tmp_path: Path, text: str) -> None:
+def test_an_invalid_study_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "study.toml"
     path.write_text(text)
     with pytest.raises(DataError):
@@ -55,17 +57,17 @@ def test_every_variant_is_trained_once_and_compared(study: Path, tmp_path: Path)
     (tmp_path / "data").mkdir()
     for name in ("train", "test"):
         write_jsonl(tmp_path / "data" / f"{name}.jsonl", single_label_rows())
-    chosen = ["--data", tmp_path / "data", "--store", tmp_path / "store", "--out", tmp_path / "out"]
-    arguments = [str(word) for word in (study, *chosen, "--threads", 1)]
+    paths = ["--data", tmp_path / "data", "--store", tmp_path / "store", "--out", tmp_path / "out"]
+    arguments = [str(word) for word in (study, *paths, "--threads", 1)]
     assert main(arguments) == 0
     results = json.loads((tmp_path / "out" / "recipes.json").read_text())
-    assert [one["name"] for one in results] == [
+    assert [result["name"] for result in results] == [
         BASE, "random steps only", "another network as teacher"
     ]  # fmt: skip
-    for one in results:
-        assert one["minutes"] > 0
-        assert one["full"] > 0.9
-        assert len(one["accuracies"]) == len(COSTS)
+    for result in results:
+        assert result["minutes"] > 0
+        assert result["full"] > 0.9
+        assert len(result["accuracies"]) == len(COSTS)
     assert results[0]["gains"][-1] == [0, 0, 0]
     assert "| random steps only |" in (tmp_path / "out" / "README.md").read_text()
 
@@ -78,8 +80,8 @@ def test_every_variant_is_trained_once_and_compared(study: Path, tmp_path: Path)
     assert main(arguments) == 1  # the second checkpoint is of another recipe
 
 
-def test_data_without_a_test_file(study: Path, tmp_path: Path) -> None:
+def test_data_without_a_test_file_is_refused_before_training(study: Path, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "rows.jsonl", single_label_rows())
-    chosen = ["--data", data, "--store", tmp_path / "store", "--out", tmp_path / "out"]
-    assert main([str(word) for word in (study, *chosen)]) == 1
+    paths = ["--data", data, "--store", tmp_path / "store", "--out", tmp_path / "out"]
+    assert main([str(word) for word in (study, *paths)]) == 1
     assert not (tmp_path / "store").exists()

@@ -1,3 +1,5 @@
+"""The report on a checkpoint: accuracy at each cost beside baselines, and its files."""
+
 from __future__ import annotations
 
 import json
@@ -46,7 +48,7 @@ def report(model_store: Path, examples: Examples) -> Report:
 
 
 class TestReport:
-    def test_levels_are_what_evaluate_says(
+    def test_levels_equal_those_of_evaluate(
         self, report: Report, model_store: Path, examples: Examples
     ) -> None:
         ways = {way.name: way for way in report.ways}
@@ -54,10 +56,10 @@ class TestReport:
             way = ways.get(row.quality, ways["step 4"])
             assert way.accuracy == pytest.approx(row.accuracy)
             assert way.mean_heads == pytest.approx(row.mean_heads)
-            if row.quality in ways:  # the full budget is priced with f_o in a report, without here
+            if row.quality in ways:  # a report includes f_o in the full budget, evaluate does not
                 assert way.macs_share == pytest.approx(row.macs_share, rel=1e-6)
 
-    def test_it_says_where_texts_end_and_what_f_o_gains(self, report: Report) -> None:
+    def test_shows_where_texts_end_and_the_gain_of_f_o(self, report: Report) -> None:
         ways = {way.name: way for way in report.ways}
         for name in ("fast", "balanced", "best", "step 2", "oracle"):
             assert sum(ways[name].budgets.values()) == pytest.approx(1)
@@ -65,7 +67,8 @@ class TestReport:
         assert {row.way for row in report.routing} == {
             "link by link", "f_o", "step 0's confidence",
         }  # fmt: skip
-        assert [row.way for row in report.lengths] == ["2", "3"]  # more do not fit in a full pass
+        # Longer chains do not fit in a full pass.
+        assert [row.way for row in report.lengths] == ["2", "3"]
         text = report_text(report)
         assert "Share of the texts that end at each step" in text
         assert "Gain from f_o's choice of steps" in text
@@ -90,7 +93,7 @@ class TestReport:
         ways = {way.name: way for way in report.ways}
         assert ways["oracle"].accuracy == max(way.accuracy for way in report.ways)
 
-    def test_every_step_and_level_is_there_and_timed(self, report: Report) -> None:
+    def test_every_step_and_level_is_listed_and_timed(self, report: Report) -> None:
         names = [way.name for way in report.ways]
         steps = [f"step {i}" for i in range(5)]
         assert names == ["fast", "balanced", "best", *steps, "oracle"]
@@ -98,13 +101,13 @@ class TestReport:
         assert [way.name for way in timed] == [n for n in names if n not in ("step 0", "oracle")]
         assert all(ms > 0 for way in timed for ms in way.milliseconds.values())
 
-    def test_curves_rise(self, report: Report) -> None:
+    def test_curves_rise_in_cost_and_accuracy(self, report: Report) -> None:
         for curve in report.curves:
             if curve.name != "budget per text":
                 assert all(a < b for a, b in pairwise(curve.cost))
                 assert all(a < b for a, b in pairwise(curve.accuracy))
 
-    def test_a_comparison_is_at_equal_cost(self, report: Report) -> None:
+    def test_comparisons_are_at_equal_cost(self, report: Report) -> None:
         curves = {curve.name: curve for curve in report.curves}
         assert report.comparisons
         for c in report.comparisons:
@@ -121,19 +124,19 @@ class TestReport:
                 assert np.mean(tenths) == pytest.approx(way.mean_heads, rel=0.05)
                 assert set(report.heads_by_class[way.name]) == {"animals", "music", "weather"}
 
-    def test_files(self, report: Report, tmp_path: Path) -> None:
+    def test_writes_plots_readme_and_json(self, report: Report, tmp_path: Path) -> None:
         write_report(report, tmp_path / "deep" / "report")
         folder = tmp_path / "deep" / "report"
         names = {path.name for path in folder.iterdir()}
         plots = {f"{n}.{s}" for n in ("frontier", "difficulty", "classes") for s in ("png", "svg")}
         assert names == plots | {"README.md", "report.json"}
-        again = json.loads((folder / "report.json").read_text())
-        assert [way["name"] for way in again["ways"]] == [way.name for way in report.ways]
+        stored = json.loads((folder / "report.json").read_text())
+        assert [way["name"] for way in stored["ways"]] == [way.name for way in report.ways]
         text = (folder / "README.md").read_text()
         for way in report.ways:
             assert f"| {way.name} | {way.accuracy:.4f} |" in text
 
-    def test_dense_networks_large_and_small_are_rivals(
+    def test_compares_with_dense_networks_of_both_sizes(
         self, model_store: Path, examples: Examples
     ) -> None:
         checkpoint = read_checkpoint(model_store / TOPICS / "1")
@@ -156,13 +159,15 @@ class TestReport:
         assert way.macs_share == pytest.approx(spent / dense)
         assert way.mean_heads == 2
 
-    def test_refuses_no_text(self, model_store: Path, examples: Examples) -> None:
+    def test_refuses_an_empty_data_set(self, model_store: Path, examples: Examples) -> None:
         with pytest.raises(DataError, match="at least one text"):
             report_checkpoint(
                 read_checkpoint(model_store / TOPICS / "1"), examples.subset([]), None
             )
 
-    def test_several_labels(self, model_store: Path) -> None:
+    def test_of_several_labels_groups_heads_by_the_labels_that_occur(
+        self, model_store: Path
+    ) -> None:
         checkpoint = read_checkpoint(model_store / TAGS / "1")
         names = list(checkpoint.manifest.labels)
         texts = [text for text, _ in labelled_sentences()[:8]]
@@ -175,28 +180,28 @@ class TestReport:
 
 
 class TestMacroF1:
-    def test_by_hand(self) -> None:
+    def test_matches_a_hand_calculation(self) -> None:
         # class 0: one hit, one miss, no false alarm; class 1: one hit, one false alarm
         logits = torch.tensor([[2.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 2.0, 0.0]])
         labels = torch.tensor([0, 0, 1])
         assert macro_f1(logits, labels, None) == pytest.approx((2 / 3 + 2 / 3) / 2)
 
-    def test_several_labels(self) -> None:
+    def test_of_several_labels_matches_a_hand_calculation(self) -> None:
         logits = torch.tensor([[1.0, -1.0], [1.0, 1.0]])
         labels = torch.tensor([[1, 0], [1, 0]])
         assert macro_f1(logits, labels, MULTI_LABEL) == pytest.approx((1 + 0) / 2)
 
 
 class TestCalibrationError:
-    def test_sure_and_right(self) -> None:
+    def test_of_confident_right_answers_is_0(self) -> None:
         logits = torch.tensor([[50.0, 0.0]] * 4)
         assert calibration_error(logits, np.ones(4), None) == pytest.approx(0)
 
-    def test_sure_and_wrong(self) -> None:
+    def test_of_confident_wrong_answers_is_1(self) -> None:
         logits = torch.tensor([[50.0, 0.0]] * 4)
         assert calibration_error(logits, np.zeros(4), None) == pytest.approx(1)
 
-    def test_half_sure(self) -> None:
+    def test_is_the_gap_between_confidence_and_accuracy(self) -> None:
         logits = torch.zeros(4, 2)
         right = np.array([1, 1, 1, 0])
         assert calibration_error(logits, right, None) == pytest.approx(0.25)

@@ -1,3 +1,5 @@
+"""Conversion of pretrained encoders, and the order of heads by importance."""
+
 from __future__ import annotations
 
 import json
@@ -93,7 +95,7 @@ class TestConversion:
     @pytest.mark.parametrize("activation", ["gelu", "relu"])
     @pytest.mark.parametrize("coupled", [True, False])
     @torch.no_grad()
-    def test_full_budget_is_the_very_encoder(
+    def test_the_full_budget_equals_the_encoder(
         self, tmp_path: Path, activation: str, coupled: bool
     ) -> None:
         bert = random_bert(hidden_act=activation)
@@ -106,20 +108,20 @@ class TestConversion:
         assert_close(encoded.pooled, masked_mean(expected, mask))
 
     @torch.no_grad()
-    def test_cls_pooling_takes_the_first_state(self, encoder_folder: Path) -> None:
+    def test_cls_pooling_reads_the_first_state(self, encoder_folder: Path) -> None:
         model = convert_encoder(encoder_folder, NAMES, pooling="cls").model.eval()
         expected = random_bert()(**BATCH).last_hidden_state[:, 0]
         assert_close(model.encoder(**BATCH, steps=4).pooled, expected)
 
     @torch.no_grad()
-    def test_smaller_budgets_are_other_functions(self, encoder_folder: Path) -> None:
+    def test_a_smaller_budget_gives_another_result(self, encoder_folder: Path) -> None:
         model = convert_encoder(encoder_folder, NAMES).model.eval()
         full = model.encoder(**BATCH, steps=4).pooled
         assert not torch.allclose(model.encoder(**BATCH, steps=2).pooled, full, atol=1e-2)
 
     @pytest.mark.parametrize("family", sorted(CLASSIFIERS))
     @torch.no_grad()
-    def test_a_fine_tuned_classifier_stays_the_very_classifier(
+    def test_the_full_budget_equals_the_fine_tuned_classifier(
         self, tmp_path: Path, family: str
     ) -> None:
         torch.manual_seed(0)
@@ -127,10 +129,10 @@ class TestConversion:
         whole.save_pretrained(tmp_path)
         model = convert_encoder(tmp_path, NAMES).model.eval()
         batch = {name: tensor.clone() for name, tensor in BATCH.items()}
-        if family != "bert":  # these know no segments
+        if family != "bert":  # the other families have no segments
             batch["token_type_ids"].zero_()
         given = {k: v for k, v in batch.items() if k != "token_type_ids" or family == "bert"}
-        if family == "roberta":  # and this one finds the padding by its token
+        if family == "roberta":  # recognizes padding by its token
             given["input_ids"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 1)
         assert_close(model(**batch, steps=4).logits, whole(**given).logits)
 
@@ -142,23 +144,6 @@ class TestConversion:
         assert model.head is None
         assert model.config.pooling == "mean"
 
-    @torch.no_grad()
-    def test_weights_under_a_bert_prefix(self, tmp_path: Path) -> None:
-        torch.manual_seed(0)
-        whole = BertForSequenceClassification(BertConfig(**BERT)).eval()
-        whole.save_pretrained(tmp_path)
-        assert any(key.startswith("bert.") for key in load_file(tmp_path / "model.safetensors"))
-        model = convert_encoder(tmp_path, NAMES).model.eval()
-        expected = whole.bert(**BATCH).last_hidden_state
-        actual = model.encoder(**BATCH, steps=4).last_hidden_state
-        mask = BATCH["attention_mask"][..., None]
-        assert_close(actual * mask, expected * mask)
-
-    def test_half_precision_weights_become_single(self, tmp_path: Path) -> None:
-        random_bert().half().save_pretrained(tmp_path)
-        model = convert_encoder(tmp_path, NAMES).model
-        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-
     def test_sizes_come_from_the_encoder(self, encoder_folder: Path) -> None:
         config = convert_encoder(encoder_folder, NAMES).model.config
         assert {name: getattr(config, name) for name in BERT if name != "initializer_range"} == {
@@ -166,13 +151,13 @@ class TestConversion:
         }
         assert config.norm_position == "post"
 
-    def test_label_names(self, encoder_folder: Path) -> None:
+    def test_label_names_and_ids_are_kept(self, encoder_folder: Path) -> None:
         model = convert_encoder(encoder_folder, NAMES).model
         assert model.config.id2label == {0: "no", 1: "yes", 2: "maybe"}
         assert model.config.label2id == {"no": 0, "yes": 1, "maybe": 2}
         assert model.classifier.out_features == 3
 
-    def test_choices_are_passed_on(self, encoder_folder: Path) -> None:
+    def test_choices_reach_the_configuration(self, encoder_folder: Path) -> None:
         ladder = [[0, 1, 0], [4, 4, 4]]
         config = convert_encoder(
             encoder_folder,
@@ -190,11 +175,11 @@ class TestConversion:
         assert config.attention_probs_dropout_prob == 0.0
 
 
-def lose_config(folder: Path) -> None:
+def remove_config(folder: Path) -> None:
     (folder / "config.json").unlink()
 
 
-def lose_weights(folder: Path) -> None:
+def remove_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
 
@@ -231,8 +216,8 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("damage", "message"),
         [
-            (lose_config, "not an encoder folder"),
-            (lose_weights, "not an encoder folder"),
+            (remove_config, "not an encoder folder"),
+            (remove_weights, "not an encoder folder"),
             (break_config, "not an encoder folder"),
             (break_weights, "not an encoder folder"),
             (
@@ -244,7 +229,7 @@ class TestErrors:
             (drop_tensors, r"missing weights: bert\.encoder\.layer\.1\..* and 3 more"),
         ],
     )
-    def test_says_what_is_wrong_with_the_folder(
+    def test_the_error_names_the_folder_and_the_fault(
         self, encoder_folder: Path, damage: Callable[[Path], None], message: str
     ) -> None:
         damage(encoder_folder)
@@ -252,7 +237,7 @@ class TestErrors:
             convert_encoder(encoder_folder, NAMES)
         assert str(encoder_folder) in str(caught.value)
 
-    def test_no_folder(self, tmp_path: Path) -> None:
+    def test_a_missing_folder_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="nowhere"):
             convert_encoder(tmp_path / "nowhere", NAMES)
 
@@ -266,8 +251,8 @@ def labelled(problem_type: str | None = None) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def silence_heads_but(model: BudgetFormerForSequenceClassification, deciding: list[int]) -> None:
-    """Let the attention of each layer depend on one head only."""
+def mute_heads_except(model: BudgetFormerForSequenceClassification, deciding: list[int]) -> None:
+    """Make the attention of each layer depend on one head only."""
     size = model.config.head_size
     for layer, head in zip(model.encoder.layers, deciding, strict=True):
         kept = torch.zeros(model.config.hidden_size)
@@ -288,7 +273,7 @@ class TestImportance:
             {"budget_scope": "layer"},
         ],
     )
-    def test_full_budget_stays_the_same_function(self, changes: dict[str, Any]) -> None:
+    def test_ordering_keeps_the_full_budget(self, changes: dict[str, Any]) -> None:
         network = random_network(small_config(**changes))
         with torch.no_grad():
             before = network(**BATCH, steps=4).logits
@@ -299,8 +284,8 @@ class TestImportance:
             assert_close(network(**BATCH, steps=4).logits, before)
         assert not all(map(torch.equal, queries, earlier))
 
-    def test_the_scorer_still_picks_the_same_heads(self) -> None:
-        # the neurons stay out of it, so only the heads' new places could change an answer
+    def test_the_scorer_selects_the_same_heads_after_ordering(self) -> None:
+        # without coupled neurons, only the new positions of heads could change an answer
         network = random_network(small_config(head_selection="input", budget_ffn=False))
         with torch.no_grad():
             before = [network(**BATCH, steps=step).logits for step in (1, 2, 3)]
@@ -312,7 +297,7 @@ class TestImportance:
     @pytest.mark.parametrize("deciding", [[3, 2, 1], [0, 3, 0], [1, 1, 1]])
     def test_the_deciding_head_comes_first(self, deciding: list[int]) -> None:
         network = random_network(small_config(budget_ffn=False))
-        silence_heads_but(network, deciding)
+        mute_heads_except(network, deciding)
         with torch.no_grad():
             full = network(**BATCH, steps=4).logits
         order_by_importance(network, [labelled()])
@@ -322,7 +307,7 @@ class TestImportance:
     def test_the_deciding_neurons_come_first(self) -> None:
         network = random_network(small_config(num_hidden_layers=1))
         net = network.encoder.layers[0].feed_forward
-        silence_heads_but(network, [2])
+        mute_heads_except(network, [2])
         with torch.no_grad():
             deciding = torch.zeros(24)
             deciding[[5, 11, 17, 18, 20, 23]] = 1  # one head's share, scattered over all heads
@@ -332,26 +317,19 @@ class TestImportance:
         with torch.no_grad():
             assert_close(network(**BATCH, steps=1).logits, full)
 
-    def test_is_repeatable(self) -> None:
-        networks = [random_network(small_config()) for _ in range(2)]
-        for network in networks:
-            order_by_importance(network, [labelled()])
-        first, second = (network.state_dict() for network in networks)
-        assert all(torch.equal(first[name], second[name]) for name in first)
-
     @pytest.mark.parametrize("training", [True, False])
-    def test_leaves_the_mode_and_no_gradient(self, training: bool) -> None:
+    def test_ordering_keeps_the_mode_and_leaves_no_gradient(self, training: bool) -> None:
         network = random_network(small_config()).train(training)
         order_by_importance(network, [labelled()])
         assert network.training == training
         assert all(parameter.grad is None for parameter in network.parameters())
 
-    def test_leaves_no_hook(self) -> None:
+    def test_ordering_leaves_no_hook(self) -> None:
         network = random_network(small_config())
         order_by_importance(network, [labelled()])
         assert not any(module._forward_pre_hooks for module in network.modules())
 
-    def test_ignores_dropout(self) -> None:
+    def test_ordering_is_repeatable_and_ignores_dropout(self) -> None:
         networks = [random_network(small_config(hidden_dropout_prob=0.5)) for _ in range(2)]
         for network in networks:
             order_by_importance(network.train(), [labelled()])
@@ -360,11 +338,11 @@ class TestImportance:
 
 
 class TestLadderByImportance:
-    def test_heads_go_where_they_matter(self) -> None:
+    def test_each_step_keeps_the_most_important_heads(self) -> None:
         units = torch.tensor([[9.0, 2.0, 1.0], [8.0, 7.0, 3.0]])
         assert ladder_by_importance(units) == [[1, 1], [1, 3], [3, 3]]
 
-    def test_a_layer_may_get_none(self) -> None:
+    def test_a_layer_may_get_no_head(self) -> None:
         units = torch.tensor([[1.0, 0.5], [9.0, 8.0]])
         assert ladder_by_importance(units) == [[0, 2], [2, 2]]
 

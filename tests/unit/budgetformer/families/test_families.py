@@ -1,4 +1,4 @@
-"""Each family, as Transformers computes it and as we do: the same numbers, in every pass."""
+"""Every converted family gives the logits of Transformers in every pass."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from budgetformer.cost.macs import dense_macs
 from budgetformer.errors import CheckpointError
@@ -27,7 +27,7 @@ from tests.support.counter import MacCounter
 from tests.support.networks import assert_close
 
 TOLERANCE = 1e-4
-CASES = [(name, place) for name in CONFIGS for place in range(len(CONFIGS[name]))]
+CASES = [(name, variant) for name in CONFIGS for variant in range(len(CONFIGS[name]))]
 
 
 def batch_of(model: PreTrainedModel, lengths: list[int]) -> dict[str, Tensor]:
@@ -37,24 +37,27 @@ def batch_of(model: PreTrainedModel, lengths: list[int]) -> dict[str, Tensor]:
     pad = config.pad_token_id or 0
     ids = torch.randint(config.vocab_size - 1, (len(lengths), longest), generator=random)
     ids += ids >= pad
-    place = torch.arange(longest)
-    mask = place < torch.tensor(lengths)[:, None]
-    types = (2 * place >= torch.tensor(lengths)[:, None]).long()
-    known = getattr(config, "type_vocab_size", 0) > 1 and FAMILIES[config.model_type].has_types
+    positions = torch.arange(longest)
+    mask = positions < torch.tensor(lengths)[:, None]
+    types = (2 * positions >= torch.tensor(lengths)[:, None]).long()
     return {
         "input_ids": ids.where(mask, pad),
         "attention_mask": mask.long(),
-        "token_type_ids": types if known else torch.zeros_like(types),
+        "token_type_ids": types if has_token_types(config) else torch.zeros_like(types),
     }
 
 
+def has_token_types(config: PretrainedConfig) -> bool:
+    has_several = getattr(config, "type_vocab_size", 0) > 1
+    return bool(has_several and FAMILIES[config.model_type].has_types)
+
+
 @torch.no_grad()
-def theirs(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+def expected_logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     """Return Transformers' logits [B, C]."""
-    config = model.config
-    known = getattr(config, "type_vocab_size", 0) > 1 and FAMILIES[config.model_type].has_types
-    given = {k: v for k, v in batch.items() if known or k != "token_type_ids"}
-    logits: Tensor = model(**given).logits
+    types = has_token_types(model.config)
+    inputs = {k: v for k, v in batch.items() if types or k != "token_type_ids"}
+    logits: Tensor = model(**inputs).logits
     return logits
 
 
@@ -73,9 +76,9 @@ def converted(
     tmp_path: Path,
 ) -> Callable[..., tuple[PreTrainedModel, BudgetFormerForSequenceClassification]]:
     def convert(
-        model_type: str, place: int, **choices: Any
+        model_type: str, variant: int, **choices: Any
     ) -> tuple[PreTrainedModel, BudgetFormerForSequenceClassification]:
-        source = make(model_type, tmp_path, **CONFIGS[model_type][place])
+        source = make(model_type, tmp_path, **CONFIGS[model_type][variant])
         return source, convert_encoder(tmp_path, LABELS, **choices).model.eval()
 
     return convert
@@ -88,25 +91,25 @@ def test_every_family_is_tested() -> None:
     assert CONFIGS.keys() == FAMILIES.keys()
 
 
-@pytest.mark.parametrize(("model_type", "place"), CASES)
-class TestSameNumbers:
+@pytest.mark.parametrize(("model_type", "variant"), CASES)
+class TestSameLogits:
     @torch.no_grad()
-    def test_at_the_full_budget(self, converted: Converted, model_type: str, place: int) -> None:
-        source, model = converted(model_type, place)
+    def test_at_the_full_budget(self, converted: Converted, model_type: str, variant: int) -> None:
+        source, model = converted(model_type, variant)
         limit = model.config.max_position_embeddings
         last = model.config.num_steps
         for lengths in ([5, 1, 12], [40], [limit, 9]):
             batch = batch_of(source, lengths)
-            expected = theirs(source, batch)
+            expected = expected_logits(source, batch)
             assert_close(model(**batch, steps=last).logits, expected, TOLERANCE)
             compact = load_pass(model).run(packed(batch), [last] * len(lengths))
             assert_close(compact.logits, expected, TOLERANCE)
 
     @torch.no_grad()
-    def test_in_whatever_order_heads_are(
-        self, converted: Converted, model_type: str, place: int
+    def test_after_ordering_by_importance(
+        self, converted: Converted, model_type: str, variant: int
     ) -> None:
-        source, model = converted(model_type, place)
+        source, model = converted(model_type, variant)
         batch = batch_of(source, [30, 7])
         before = model(**batch, steps=4).logits
         with torch.enable_grad():
@@ -115,19 +118,19 @@ class TestSameNumbers:
 
     @torch.no_grad()
     def test_at_a_small_budget_in_every_pass(
-        self, converted: Converted, model_type: str, place: int
+        self, converted: Converted, model_type: str, variant: int
     ) -> None:
-        _, model = converted(model_type, place)
-        batch = batch_of_any(model, [30, 7, 19])
+        _, model = converted(model_type, variant)
+        batch = batch_for_budgetformer(model, [30, 7, 19])
         expected = model(**batch, steps=2).logits
         assert_close(model.logits_at(2, **batch), expected, TOLERANCE)
         assert_close(load_pass(model).run(packed(batch), [2, 2, 2]).logits, expected, TOLERANCE)
 
 
-def batch_of_any(
+def batch_for_budgetformer(
     model: BudgetFormerForSequenceClassification, lengths: list[int]
 ) -> dict[str, Tensor]:
-    """Return padded pairs for a network of ours."""
+    """Return padded pairs for a converted network."""
     longest = max(lengths)
     ids = torch.randint(2, model.config.vocab_size, (len(lengths), longest))
     mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
@@ -148,22 +151,21 @@ class TestRefusals:
             ("mpnet", {"relative_attention_num_buckets": 16}, "num_buckets"),
         ],
     )
-    def test_one_line_names_the_cause(
+    def test_an_unsupported_configuration_names_its_key(
         self, tmp_path: Path, model_type: str, changes: dict[str, Any], message: str
     ) -> None:
         make(model_type, tmp_path, **SMALL | changes)
         with pytest.raises(CheckpointError, match=message):
             convert_encoder(tmp_path, LABELS)
 
-    def test_an_unknown_family_is_told_which_are_known(self, tmp_path: Path) -> None:
+    def test_the_error_for_an_unknown_family_lists_the_families(self, tmp_path: Path) -> None:
         make("gpt2", tmp_path, vocab_size=60, n_embd=24, n_layer=1, n_head=4)
         with pytest.raises(CheckpointError) as caught:
             convert_encoder(tmp_path, LABELS)
         assert all(name in str(caught.value) for name in FAMILIES)
 
 
-def test_local_attention_multiplies_no_far_pair(converted: Converted) -> None:
-    """Beyond the window nothing is masked away: it is not computed."""
+def test_local_attention_computes_no_pair_outside_its_window(converted: Converted) -> None:
     _, model = converted("modernbert", 1)
     config, ids = model.config, torch.zeros(70, dtype=torch.long)
     tokens, compact = PackedTokens(ids, ids, (70,)), load_pass(model)
@@ -194,18 +196,18 @@ AS_RELEASED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("model_type", AS_RELEASED)
 @torch.no_grad()
-def test_texts_as_long_as_the_family_takes(tmp_path: Path, model_type: str) -> None:
+def test_texts_of_maximum_length_give_the_same_logits(tmp_path: Path, model_type: str) -> None:
     source = make(model_type, tmp_path, **TINY | AS_RELEASED[model_type])
     model = convert_encoder(tmp_path, LABELS).model.eval()
     limit = model.config.max_position_embeddings
     batch = batch_of(source, [limit])
-    expected = theirs(source, batch)
+    expected = expected_logits(source, batch)
     assert_close(load_pass(model).run(packed(batch), [2]).logits, expected, TOLERANCE)
 
 
 def largest_error(model_type: str, folder: Path) -> float:
     """Return the largest difference of a family's logits, relative to the largest logit."""
-    found = []
+    errors = []
     for sizes in CONFIGS[model_type]:
         source = make(model_type, folder, **sizes)
         model = convert_encoder(folder, LABELS).model.eval()
@@ -213,13 +215,13 @@ def largest_error(model_type: str, folder: Path) -> float:
             batch = batch_of(source, lengths)
             steps = [model.config.num_steps] * len(lengths)
             actual = load_pass(model).run(packed(batch), steps).logits
-            expected = theirs(source, batch)
-            found.append(((actual - expected).abs().max() / expected.abs().max()).item())
-    return max(found)
+            expected = expected_logits(source, batch)
+            errors.append(((actual - expected).abs().max() / expected.abs().max()).item())
+    return max(errors)
 
 
 if __name__ == "__main__":
-    with TemporaryDirectory() as room:
+    with TemporaryDirectory() as folder:
         for name in sorted(CONFIGS):
-            error = largest_error(name, Path(room))
+            error = largest_error(name, Path(folder))
             sys.stdout.write(f"| `{name}` | {len(CONFIGS[name])} | {error:.1e} |\n")

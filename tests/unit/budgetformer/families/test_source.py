@@ -1,6 +1,6 @@
-"""Every family of encoders with every kind of fault: the same function, or one line that says why.
+"""Folders in every form that users have are converted, or refused with one line.
 
-Each case changes a small random classifier's folder, as a user may have it.
+Each case changes the folder of a small random classifier.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def classifiers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=sorted(SIZES))
 def folder(request: pytest.FixtureRequest, classifiers: Path, tmp_path: Path) -> Path:
-    """Return a classifier of each family, which a test may change."""
+    """Return a copy of a classifier of each family, for a test to change."""
     return Path(shutil.copytree(classifiers / request.param, tmp_path / request.param))
 
 
@@ -132,8 +132,8 @@ def shard(folder: Path, suffix: str) -> None:
     for file, part in zip(files, parts, strict=True):
         options = {"metadata": {"format": "pt"}} if suffix == "safetensors" else {}
         write(part, folder / file, **options)
-    placed = {n: file for file, part in zip(files, parts, strict=True) for n in part}
-    index = {"metadata": {"total_size": 0}, "weight_map": placed}
+    weight_map = {n: file for file, part in zip(files, parts, strict=True) for n in part}
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
     (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
 
 
@@ -149,13 +149,13 @@ def convert(folder: Path, names: list[str] | None = None, **choices: Any) -> Con
 
 
 def refusal(folder: Path, names: list[str] | None = None) -> str:
-    """Return the one line with which a folder is refused."""
+    """Return the message that refuses a folder, without the path that begins it."""
     with pytest.raises(CheckpointError) as caught:
         convert(folder, names)
-    told = str(caught.value)
-    assert told.startswith(str(folder))
-    assert "\n" not in told
-    return told.removeprefix(str(folder))
+    message = str(caught.value)
+    assert message.startswith(str(folder))
+    assert "\n" not in message
+    return message.removeprefix(str(folder))
 
 
 FORMS: dict[str, Callable[[Path], None]] = {
@@ -171,9 +171,9 @@ FORMS: dict[str, Callable[[Path], None]] = {
 }
 
 
-class TestSameFunction:
+class TestConversion:
     @pytest.mark.parametrize("form", FORMS)
-    def test_of_weights_in_every_form(self, folder: Path, form: str) -> None:
+    def test_every_form_of_weights_gives_the_same_logits(self, folder: Path, form: str) -> None:
         expected = full_logits(convert(folder).model)
         FORMS[form](folder)
         made = convert(folder)
@@ -183,7 +183,7 @@ class TestSameFunction:
         assert "kept" in " ".join(made.notes)
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-    def test_of_weights_in_half_precision(self, folder: Path, dtype: torch.dtype) -> None:
+    def test_half_precision_weights_become_float32(self, folder: Path, dtype: torch.dtype) -> None:
         cast(folder, dtype)
         half = load_file(folder / WEIGHTS)
         made = convert(folder)
@@ -193,7 +193,7 @@ class TestSameFunction:
 
     @pytest.mark.parametrize("family", SIZES)
     @pytest.mark.parametrize("kind", [AutoModel, AutoModelForMaskedLM])
-    def test_of_an_encoder_without_a_classifier(
+    def test_an_encoder_without_a_classifier_gets_a_new_one(
         self, tmp_path: Path, family: str, kind: Any
     ) -> None:
         save(family, tmp_path, kind)
@@ -201,29 +201,28 @@ class TestSameFunction:
         assert made.model.head is None
         assert made.difference is not None
         assert made.difference < TOLERANCE
-        left_out = (
-            kind is AutoModelForMaskedLM or family == "roberta"
-        )  # its classifiers do not pool
-        assert ("another task" in " ".join(made.notes)) == left_out
+        # RoBERTa's encoder has a pooler, which its classifiers do not use.
+        has_unused_weights = kind is AutoModelForMaskedLM or family == "roberta"
+        assert ("another task" in " ".join(made.notes)) == has_unused_weights
 
     @pytest.mark.parametrize("family", SIZES)
-    def test_a_classifier_of_tokens_lends_its_encoder_only(
+    def test_only_the_encoder_of_a_token_classifier_is_converted(
         self, tmp_path: Path, family: str
     ) -> None:
         save(family, tmp_path, AutoModelForTokenClassification)
         assert convert(tmp_path).model.head is None
 
-    def test_a_multiple_choice_model_lends_its_encoder_only(self, tmp_path: Path) -> None:
+    def test_only_the_encoder_of_a_multiple_choice_model_is_converted(self, tmp_path: Path) -> None:
         save("bert", tmp_path, BertForMultipleChoice)
         assert convert(tmp_path).model.head is None
 
     @pytest.mark.parametrize("pad", [0, 1, 4])
-    def test_positions_begin_after_the_padding_token(self, tmp_path: Path, pad: int) -> None:
+    def test_positions_up_to_the_padding_token_are_dropped(self, tmp_path: Path, pad: int) -> None:
         save("roberta", tmp_path, pad_token_id=pad)
         made = convert(tmp_path)
         assert made.model.config.max_position_embeddings == 22 - pad - 1
 
-    def test_without_token_types_a_pair_is_two_texts(self, folder: Path) -> None:
+    def test_token_types_matter_only_for_families_that_have_them(self, folder: Path) -> None:
         model = convert(folder).model.eval()
         ids, types = torch.tensor([[3, 9, 4, 20, 7]]), torch.tensor([[0, 0, 0, 1, 1]])
         with torch.no_grad():
@@ -232,7 +231,7 @@ class TestSameFunction:
         assert torch.equal(marked, plain) == (folder.name != "bert")
 
     @pytest.mark.parametrize("name", sorted(ACTIVATIONS))
-    def test_activations_are_those_of_transformers(self, name: str) -> None:
+    def test_activations_equal_those_of_transformers(self, name: str) -> None:
         x = torch.linspace(-9, 9, 400)
         torch.testing.assert_close(activation(name)(x), ACT2FN[name](x))
 
@@ -244,8 +243,7 @@ class TestSameFunction:
         else:
             assert "unknown activation" in refusal(tmp_path)
 
-    def test_the_random_state_is_left_alone(self, folder: Path) -> None:
-        # the network's new parts draw from it: which format the weights have must not matter
+    def test_new_weights_do_not_depend_on_the_format_of_the_source(self, folder: Path) -> None:
         torch.manual_seed(3)
         first = convert(folder, ["a", "b"]).model.classifier.weight
         to_bin(folder)
@@ -253,14 +251,14 @@ class TestSameFunction:
         assert torch.equal(convert(folder, ["a", "b"]).model.classifier.weight, first)
 
 
-def poison(value: float) -> Callable[[Path], None]:
+def set_first_weight(value: float) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
-        def set_one(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        def set_value(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             name = next(n for n in sorted(weights) if "layer.1" in n)
             weights[name].view(-1)[0] = value
             return weights
 
-        set_weights(folder, set_one)
+        set_weights(folder, set_value)
 
     return change
 
@@ -273,10 +271,10 @@ def add_weight(name: str) -> Callable[[Path], None]:
     return change
 
 
-def drop(pattern: str) -> Callable[[Path], None]:
+def remove_weights(pattern: str) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
-        places = {ours: theirs for theirs, ours in FAMILIES[folder.name].head.items()}
-        name = places.get(pattern, pattern)
+        source_names = {ours: theirs for theirs, ours in FAMILIES[folder.name].head.items()}
+        name = source_names.get(pattern, pattern)
         set_weights(folder, lambda ws: {n: w for n, w in ws.items() if name not in n})
 
     return change
@@ -292,17 +290,17 @@ def pickle_code(folder: Path) -> None:
     torch.save({"weight": Pickled()}, folder / BIN)
 
 
-def lose_shard(folder: Path) -> None:
+def remove_shard(folder: Path) -> None:
     shard(folder, "safetensors")
     next(folder.glob("model-00002*")).unlink()
 
 
-def cut_short(folder: Path) -> None:
+def truncate_weights(folder: Path) -> None:
     content = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(content[:-100])
 
 
-def flag(**values: Any) -> Callable[[Path], None]:
+def configured(**values: Any) -> Callable[[Path], None]:
     return lambda folder: set_config(folder, **values)
 
 
@@ -311,42 +309,44 @@ def fewer_layers(folder: Path) -> None:
 
 
 FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "relative positions": (flag(position_embedding_type="relative_key"), "'relative_key'"),
-    "other positions": (flag(position_embedding_type="rotary"), "position_embedding_type"),
-    "a decoder": (flag(is_decoder=True), "is_decoder"),
-    "cross-attention": (flag(add_cross_attention=True), "add_cross_attention"),
-    "quantized": (flag(quantization_config={"load_in_8bit": True}), "quantization_config"),
-    "its own code": (flag(auto_map={"AutoModel": "x.Y"}), "auto_map"),
-    "another embedding size": (flag(embedding_size=8, hidden_size=16), "embedding_size"),
-    "sizes of a wrong type": (flag(vocab_size="thirty"), "vocab_size"),
-    "another vocabulary": (flag(vocab_size=31), "has shape [30, 16]"),
+    "relative positions": (configured(position_embedding_type="relative_key"), "'relative_key'"),
+    "other positions": (configured(position_embedding_type="rotary"), "position_embedding_type"),
+    "a decoder": (configured(is_decoder=True), "is_decoder"),
+    "cross-attention": (configured(add_cross_attention=True), "add_cross_attention"),
+    "quantized": (configured(quantization_config={"load_in_8bit": True}), "quantization_config"),
+    "custom code": (configured(auto_map={"AutoModel": "x.Y"}), "auto_map"),
+    "another embedding size": (configured(embedding_size=8, hidden_size=16), "embedding_size"),
+    "sizes of a wrong type": (configured(vocab_size="thirty"), "vocab_size"),
+    "another vocabulary": (configured(vocab_size=31), "has shape [30, 16]"),
     "fewer layers than weights": (fewer_layers, "unexpected weights"),
     "more labels than rows": (
-        flag(id2label={str(i): str(i) for i in range(4)}, label2id={str(i): i for i in range(4)}),
+        configured(
+            id2label={str(i): str(i) for i in range(4)}, label2id={str(i): i for i in range(4)}
+        ),
         "has shape [3",
     ),
-    "NaN": (poison(float("nan")), "layer.1."),
-    "infinity": (poison(float("-inf")), "not finite"),
-    "beyond float16": (poison(1e6), "exceeds the range of float16"),
+    "NaN": (set_first_weight(float("nan")), "layer.1."),
+    "infinity": (set_first_weight(float("-inf")), "not finite"),
+    "beyond float16": (set_first_weight(1e6), "exceeds the range of float16"),
     "unknown weight in the encoder": (
         add_weight("{}encoder.layer.0.attention.self.distance_embedding.weight"),
         "distance_embedding",
     ),
-    "unknown weight on top": (add_weight("extra.weight"), "extra.weight"),
-    "a weight is missing": (drop("layer.1.output"), "missing weights"),
-    "half of the head is missing": (drop("head"), "missing weights"),
-    "the classifier is missing": (drop("classifier"), "missing weights"),
+    "unknown weight outside the encoder": (add_weight("extra.weight"), "extra.weight"),
+    "a weight is missing": (remove_weights("layer.1.output"), "missing weights"),
+    "half of the head is missing": (remove_weights("head"), "missing weights"),
+    "the classifier is missing": (remove_weights("classifier"), "missing weights"),
     "pickled code": (pickle_code, "more than tensors"),
-    "a shard is missing": (lose_shard, "not an encoder folder"),
-    "a file is cut short": (cut_short, "not an encoder folder"),
+    "a shard is missing": (remove_shard, "not an encoder folder"),
+    "a file is cut short": (truncate_weights, "not an encoder folder"),
     "an adapter": (lambda f: (f / "adapter_config.json").touch(), "adapter"),
-    "regression": (flag(problem_type="regression"), "regression"),
+    "regression": (configured(problem_type="regression"), "regression"),
 }
 
 
 class TestRefusals:
     @pytest.mark.parametrize("fault", FAULTS)
-    def test_one_line_names_the_cause(
+    def test_a_faulty_folder_is_refused_and_its_code_never_runs(
         self, folder: Path, fault: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.chdir(folder)
@@ -356,17 +356,17 @@ class TestRefusals:
         assert not Path("pickle-was-run").exists()
 
     @pytest.mark.parametrize("family", SIZES)
-    def test_one_output(self, tmp_path: Path, family: str) -> None:
+    def test_a_single_output_is_refused_as_regression(self, tmp_path: Path, family: str) -> None:
         save(family, tmp_path, labels=["score"])
         assert "regression" in refusal(tmp_path)
 
     @pytest.mark.parametrize("family", SIZES)
-    def test_too_few_positions_for_any_text(self, tmp_path: Path, family: str) -> None:
+    def test_too_few_positions_are_refused(self, tmp_path: Path, family: str) -> None:
         first = 2 if family == "roberta" else 0
         save(family, tmp_path, max_position_embeddings=first + 2)
         assert "positions" in refusal(tmp_path)
 
-    def test_keys_that_are_not_used_are_named(self, folder: Path) -> None:
+    def test_unused_keys_of_the_configuration_are_noted(self, folder: Path) -> None:
         set_config(folder, attention_window=64, torch_dtype="float32")
         notes = [note for note in convert(folder).notes if "config.json" in note]
         assert len(notes) == 1
@@ -379,10 +379,10 @@ class TestRefusals:
             lambda c: setattr(c, "hidden_act", "relu"),
         ],
     )
-    def test_a_conversion_that_changes_the_function(
+    def test_a_wrongly_read_configuration_is_detected(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Any], None]
     ) -> None:
-        """Whatever is read wrongly, the comparison with the source finds it."""
+        """The conversion compares its result with the source."""
         right = conversion.BudgetFormerConfig
 
         def wrong(**fields: Any) -> Any:
@@ -393,15 +393,15 @@ class TestRefusals:
         monkeypatch.setattr(conversion, "BudgetFormerConfig", wrong)
         assert "result differs from it" in refusal(folder)
 
-    @pytest.mark.parametrize("place", ["position", "segment", "word"])
-    def test_a_conversion_that_takes_a_wrong_row(
-        self, folder: Path, monkeypatch: pytest.MonkeyPatch, place: str
+    @pytest.mark.parametrize("kind", ["position", "segment", "word"])
+    def test_a_wrongly_copied_embedding_is_detected(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str
     ) -> None:
         right = conversion._rename
 
         def wrong(source: Any) -> dict[str, Tensor]:
             weights = right(source)
-            name = f"embeddings.{place}.weight"
+            name = f"embeddings.{kind}.weight"
             weights[name] = weights[name].clone()
             weights[name][-1] += 0.5 * torch.arange(16)
             return weights
@@ -411,17 +411,19 @@ class TestRefusals:
 
 
 class TestLabels:
-    """A head keeps the meaning of its rows, or is not kept."""
+    """The classification head is kept only if each of its rows keeps its label."""
 
     @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
-    def test_any_order(self, folder: Path, order: tuple[int, ...]) -> None:
+    def test_rows_follow_the_order_of_the_labels(
+        self, folder: Path, order: tuple[int, ...]
+    ) -> None:
         expected = full_logits(convert(folder).model)
         names = [NAMES[i] for i in order]
         model = convert(folder, names).model
         torch.testing.assert_close(full_logits(model), expected[:, list(order)])
         assert model.config.id2label == dict(enumerate(names))
 
-    def test_names_in_other_case(self, folder: Path) -> None:
+    def test_label_names_match_without_case_and_spaces(self, folder: Path) -> None:
         made = convert(folder, ["SAD", "Calm", " glad "])
         expected = full_logits(convert(folder).model)[:, [2, 0, 1]]
         torch.testing.assert_close(full_logits(made.model), expected)
@@ -433,7 +435,7 @@ class TestLabels:
             (["LABEL_0", "LABEL_1", "LABEL_2"], ["2", "0", "1"], False, [2, 0, 1]),
             (["0", "1", "2"], ["1", "0", "2"], False, [1, 0, 2]),
             (["LABEL_0", "LABEL_1", "LABEL_2"], NAMES, False, None),  # sorted by name, not by id
-            (["LABEL_0", "LABEL_1", "LABEL_2"], NAMES, True, [0, 1, 2]),  # labels.json says so
+            (["LABEL_0", "LABEL_1", "LABEL_2"], NAMES, True, [0, 1, 2]),  # numbered by labels.json
             (["one", "two", "three"], NAMES, True, None),
             (["one", "two", "three"], ["0", "1", "2"], False, None),
             (["calm", "Calm", "glad"], ["calm", "glad", "sad"], False, None),
@@ -443,7 +445,7 @@ class TestLabels:
             (["a", "b"], ["a", "c"], False, None),
         ],
     )
-    def test_which_head_is_kept(
+    def test_the_head_is_kept_if_its_labels_match(
         self,
         tmp_path: Path,
         theirs: list[str],
@@ -464,7 +466,9 @@ class TestLabels:
 
     @pytest.mark.parametrize("theirs", [MULTI_LABEL, "single_label_classification", None])
     @pytest.mark.parametrize("ours", [MULTI_LABEL, "single_label_classification"])
-    def test_of_another_problem(self, tmp_path: Path, theirs: str | None, ours: str) -> None:
+    def test_a_head_for_another_problem_type_is_not_kept(
+        self, tmp_path: Path, theirs: str | None, ours: str
+    ) -> None:
         save("bert", tmp_path, problem_type=theirs)
         made = convert(tmp_path, problem_type=ours)
         assert (made.model.head is not None) == (theirs in (None, ours))

@@ -1,3 +1,5 @@
+"""Offsets of the items of a packed batch."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,3 +1,5 @@
+"""The cascade: steps, escalations, heads and multiply-adds of the texts of a batch."""
+
 from __future__ import annotations
 
 import math
@@ -32,7 +34,7 @@ from tests.support.networks import (
 FIGURES = {"accuracy": 0.0, "points_lost": 0.0, "macs_share": 0.0, "mean_heads": 0.0}
 
 
-def rule(steps: int, below: float = 0.0, step: int = 1, first: int = 1) -> BudgetRule:
+def two_band_rule(steps: int, below: float = 0.0, step: int = 1, first: int = 1) -> BudgetRule:
     escalation = Escalation(below=below, step=step) if below else None
     entry = (EntryBand(upto=0.5, step=first), EntryBand(upto=1, step=min(first + 1, steps)))
     return OperatingPoint(entry=entry, escalation=escalation, **FIGURES).rule(steps)
@@ -40,7 +42,7 @@ def rule(steps: int, below: float = 0.0, step: int = 1, first: int = 1) -> Budge
 
 @st.composite
 def policy_rules(draw: st.DrawFn, steps: int, step_0: bool) -> BudgetRule:
-    """Draw the rule of a chain of several steps, its bands and its threshold."""
+    """Draw a rule with a chain of steps, entry bands and a threshold."""
     links = sorted(draw(st.sets(st.integers(1, steps), min_size=1)))
     entry = (
         EntryBand(upto=draw(st.floats(0, 1)), step=draw(st.sampled_from(links))),
@@ -62,28 +64,29 @@ def texts_of(items: list[Item]) -> Texts:
     return Texts(window, window)
 
 
-def decided(network: PackedPass, items: list[Item], wanted: BudgetRule) -> Items:
-    found = Items(network, texts_of(items), wanted)
-    cascade.decide(network, everything(found))
-    return found
+def decided(network: PackedPass, items: list[Item], rule: BudgetRule) -> Items:
+    decisions = Items(network, texts_of(items), rule)
+    cascade.decide(network, batch_of_all(decisions))
+    return decisions
 
 
-def everything(items: Items) -> Batch:
+def batch_of_all(items: Items) -> Batch:
     return Batch([Part(items, list(range(len(items))))])
 
 
-def finish(
-    model: BudgetFormerForSequenceClassification, items: list[Item], wanted: BudgetRule
+def answer(
+    model: BudgetFormerForSequenceClassification, items: list[Item], rule: BudgetRule
 ) -> Items:
-    return cascade.answer(PackedPass(model), texts_of(items), wanted)
+    return cascade.answer(PackedPass(model), texts_of(items), rule)
 
 
-def needed_confidence(answered: Items, place: int, problem_type: str | None) -> tuple[float, float]:
-    """Return the confidence of an answer, and what its step needs."""
-    rule, step = answered.rule, int(answered.step[place])
+def actual_and_required_confidence(
+    answered: Items, index: int, problem_type: str | None
+) -> tuple[float, float]:
+    rule, step = answered.rule, int(answered.step[index])
     assert rule.level is not None
-    confident = float(confidence(torch.from_numpy(answered.logits[place]), problem_type))
-    return confident, rule.level.threshold + (0 if step else rule.exit_margin)
+    actual = float(confidence(torch.from_numpy(answered.logits[index]), problem_type))
+    return actual, rule.level.threshold + (0 if step else rule.exit_margin)
 
 
 @st.composite
@@ -96,15 +99,15 @@ def rules(draw: st.DrawFn, model: BudgetFormerForSequenceClassification) -> Budg
     first = (
         0 if model.config.embedding_exit and draw(st.booleans()) else draw(st.integers(1, steps))
     )
-    return rule(steps, draw(st.floats(0, 1)), draw(st.integers(1, steps)), first)
+    return two_band_rule(steps, draw(st.floats(0, 1)), draw(st.integers(1, steps)), first)
 
 
 @PROPERTY
 @given(networks(budget_scope="input"), batches(), st.data())
-def test_an_answer_is_the_reference_networks_at_the_step_that_answered(
+def test_an_answer_equals_the_reference_network_at_its_step(
     model: BudgetFormerForSequenceClassification, items: list[Item], data: st.DataObject
 ) -> None:
-    answered = finish(model, items, data.draw(rules(model)))
+    answered = answer(model, items, data.draw(rules(model)))
     assert answered.done.all()
     with torch.no_grad():
         expected = model(**pad(items), steps=torch.from_numpy(answered.step)).logits
@@ -113,75 +116,74 @@ def test_an_answer_is_the_reference_networks_at_the_step_that_answered(
 
 @PROPERTY
 @given(networks(budget_scope="input"), batches(), st.data())
-def test_a_text_runs_its_rules_path_up_to_the_step_that_answered(
+def test_a_text_follows_the_path_of_its_rule_until_it_is_confident(
     model: BudgetFormerForSequenceClassification, items: list[Item], data: st.DataObject
 ) -> None:
-    wanted = data.draw(policy_rules(model.config.num_steps, model.config.embedding_exit))
-    answered = finish(model, items, wanted)
-    for place, item in enumerate(items):
-        path = wanted.path(float(answered.s[place]))
-        steps, step = answered.steps(place), int(answered.step[place])
+    rule = data.draw(policy_rules(model.config.num_steps, model.config.embedding_exit))
+    answered = answer(model, items, rule)
+    for i, item in enumerate(items):
+        path = rule.path(float(answered.s[i]))
+        steps, step = answered.steps(i), int(answered.step[i])
         assert tuple(steps) == path[: len(steps)]
         assert steps[-1] == step
-        assert answered.predicted[place] == (steps[0] or (steps[1] if step else 0))
-        assert answered.macs[place] == step_macs(model.config, steps, len(item.ids))
-        confident, needed = needed_confidence(answered, place, model.config.problem_type)
-        assert step == path[-1] or confident >= needed - 1e-6
+        assert answered.predicted[i] == (steps[0] or (steps[1] if step else 0))
+        assert answered.macs[i] == step_macs(model.config, steps, len(item.ids))
+        actual, required = actual_and_required_confidence(answered, i, model.config.problem_type)
+        assert step == path[-1] or actual >= required - 1e-6
 
 
 @given(st.data())
-def test_the_step_after_an_answer_that_does_not_stand_is_the_same_for_every_verdict(
-    data: st.DataObject,
-) -> None:
-    """So that it is looked up once for all texts of a request in a batch."""
-    wanted = data.draw(policy_rules(6, data.draw(st.booleans())))
-    assert wanted.level is not None
-    for step in wanted.path(s := data.draw(st.floats(0, 1))):
-        needed = wanted.required_confidence(step)
-        assert wanted.next_step(step, needed, s) is None
-        if step and needed > 0:
-            assert wanted.next_link(step) == wanted.next_step(step, math.nextafter(needed, 0), s)
+def test_the_step_after_an_uncertain_answer_does_not_depend_on_f_o(data: st.DataObject) -> None:
+    """The cascade looks it up once for all texts of a request in a batch."""
+    rule = data.draw(policy_rules(6, data.draw(st.booleans())))
+    assert rule.level is not None
+    for step in rule.path(s := data.draw(st.floats(0, 1))):
+        required = rule.required_confidence(step)
+        assert rule.next_step(step, required, s) is None
+        if step and required > 0:
+            assert rule.next_link(step) == rule.next_step(step, math.nextafter(required, 0), s)
 
 
 @given(st.data())
-def test_a_batch_is_cut_where_its_texts_are(data: st.DataObject) -> None:
+def test_slices_of_a_batch_have_all_of_its_texts(data: st.DataObject) -> None:
     """A batch that fails is run again in halves."""
     network = PackedPass(random_network(small_config()))
     lengths = data.draw(st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=4), min_size=1))
-    requests = [decided(network, random_items(own), rule(4)) for own in lengths]
+    requests = [
+        decided(network, random_items(text_lengths), two_band_rule(4)) for text_lengths in lengths
+    ]
     parts = []
     for request in requests:
-        places = data.draw(st.sets(st.integers(0, len(request) - 1), min_size=1))
-        parts.append(Part(request, sorted(places)))
+        indices = data.draw(st.sets(st.integers(0, len(request) - 1), min_size=1))
+        parts.append(Part(request, sorted(indices)))
     batch = Batch(parts)
     cut = data.draw(st.integers(0, len(batch)))
-    every = [(id(part.items), place) for part in batch.parts for place in part.places]
-    halves = [
-        [(id(part.items), place) for part in half.parts for place in part.places]
-        for half in (batch[:cut], batch[cut:])
+    texts, *halves = [
+        [(id(part.items), place) for part in piece.parts for place in part.places]
+        for piece in (batch, batch[:cut], batch[cut:])
     ]
-    assert (len(batch[:cut]), len(batch[cut:])) == (cut, len(every) - cut)
-    assert [text for half in halves for text in half] == every
+    assert (len(batch[:cut]), len(batch[cut:])) == (cut, len(texts) - cut)
+    assert [text for half in halves for text in half] == texts
 
 
 @PROPERTY
 @given(networks(), batches(), st.data())
-def test_multiply_adds_are_what_was_executed(
+def test_reported_multiply_adds_are_those_executed(
     model: BudgetFormerForSequenceClassification, items: list[Item], data: st.DataObject
 ) -> None:
     steps = model.config.num_steps
     if model.config.budget_scope == "layer":
         fixed = data.draw(st.none() | st.integers(1, steps))
-        wanted = BudgetRule(num_steps=steps, fixed=fixed)
+        rule = BudgetRule(num_steps=steps, fixed=fixed)
     else:
-        wanted = data.draw(rules(model))
-    network = PackedPass(model)  # which maps the embeddings of distances, once for all texts
+        rule = data.draw(rules(model))
+    network = PackedPass(model)  # maps the distance embeddings, once for all texts
     with MacCounter() as counter:
-        answered = cascade.answer(network, texts_of(items), wanted)
-    # The counter sees torch's products, and not f_o's where NumPy decides.
-    unseen = decision_macs(model.config) - scorer_macs(model.config)
+        answered = cascade.answer(network, texts_of(items), rule)
+    # The counter sees only torch's products, so not those of f_o in NumPy.
+    uncounted = decision_macs(model.config) - scorer_macs(model.config)
     numpy_decides = model.step0_with_numpy() is not None
-    spent = answered.macs.sum() - (unseen * len(items) if numpy_decides else 0)
+    spent = answered.macs.sum() - (uncounted * len(items) if numpy_decides else 0)
     assert spent == counter.macs
     expected = [dense_macs(model.config, len(item.ids)) for item in items]
     assert answered.dense_macs.tolist() == expected
@@ -189,38 +191,38 @@ def test_multiply_adds_are_what_was_executed(
 
 @PROPERTY
 @given(networks(budget_scope="layer"), batches(), st.data())
-def test_a_ceiling_holds_where_layers_decide(
+def test_a_ceiling_limits_networks_whose_layers_decide(
     model: BudgetFormerForSequenceClassification, items: list[Item], data: st.DataObject
 ) -> None:
     config = model.config
     ceiling = data.draw(st.integers(1, config.num_steps))
-    answered = finish(model, items, BudgetRule(num_steps=config.num_steps, ceiling=ceiling))
-    most = [
+    answered = answer(model, items, BudgetRule(num_steps=config.num_steps, ceiling=ceiling))
+    max_heads = [
         max(plan[layer] for plan in config.ladder[:ceiling])
         for layer in range(config.num_hidden_layers)
     ]
     for chosen in answered.selected_heads:
-        assert all(len(kept) <= k for kept, k in zip(chosen, most, strict=True))
+        assert all(len(kept) <= k for kept, k in zip(chosen, max_heads, strict=True))
 
 
-def test_an_unsure_answer_is_run_again_and_both_passes_count() -> None:
+def test_an_uncertain_text_runs_again_and_both_passes_count() -> None:
     model = random_network(small_config())
-    once = finish(model, random_items([6]), rule(4))
-    twice = finish(model, random_items([6]), rule(4, below=1.0, step=4))
+    once = answer(model, random_items([6]), two_band_rule(4))
+    twice = answer(model, random_items([6]), two_band_rule(4, below=1.0, step=4))
     assert twice.step == [4]
     assert twice.total_heads == once.total_heads + 3 * 4
     assert twice.macs > once.macs
 
 
-def test_a_sure_answer_stands() -> None:
-    answered = finish(
-        random_network(small_config()), random_items([6]), rule(4, below=0.01, step=4)
+def test_a_confident_answer_is_final() -> None:
+    answered = answer(
+        random_network(small_config()), random_items([6]), two_band_rule(4, below=0.01, step=4)
     )
     assert answered.step[0] in (1, 2)
-    assert needed_confidence(answered, 0, None)[0] >= 0.01
+    assert actual_and_required_confidence(answered, 0, None)[0] >= 0.01
 
 
-def test_step_0_answers_on_arrival() -> None:
+def test_step_0_answers_without_the_encoder() -> None:
     model = random_network(small_config(embedding_exit=True))
     items = random_items([6, 3])
     answered = decided(PackedPass(model), items, BudgetRule(num_steps=4, fixed=0))
@@ -230,12 +232,14 @@ def test_step_0_answers_on_arrival() -> None:
     assert_close(torch.from_numpy(answered.logits), expected)
 
 
-def test_nothing_more_is_packed_where_step_0_reads_what_the_encoder_does() -> None:
+def test_texts_are_packed_once_if_step_0_and_encoder_read_the_same_tokens() -> None:
     network = PackedPass(random_network(small_config()))
-    assert everything(decided(network, random_items([6, 3]), rule(4))).full_text() is None
+    assert (
+        batch_of_all(decided(network, random_items([6, 3]), two_band_rule(4))).full_text() is None
+    )
 
 
-def test_step_0_gets_the_whole_of_a_long_text_beside_the_others_as_they_are() -> None:
+def test_full_text_columns_have_long_texts_uncut_and_others_unchanged() -> None:
     long = Tokens([2, 8, 3], [0, 0, 1], True, [2, 8, 9, 3, 3], [0, 0, 0, 1, 1])
     texts = Texts.of([long, Tokens([2, 4, 3], [0, 0, 0], False)])
     window, whole = (PackedTokens.of(columns) for columns in (texts.window, texts.full_text))
@@ -245,7 +249,7 @@ def test_step_0_gets_the_whole_of_a_long_text_beside_the_others_as_they_are() ->
     assert whole.token_type_ids.tolist() == [0, 0, 0, 1, 1, 0, 0, 0]
 
 
-def test_step_0_reads_the_whole_text_and_the_encoder_its_window() -> None:
+def test_step_0_reads_the_full_text_and_the_encoder_its_window() -> None:
     shape = {"embedding_exit": True, "exit_tfidf": True, "exit_buckets": 11}
     model = random_network(small_config(**shape))
     head = model.exit_head
@@ -256,32 +260,37 @@ def test_step_0_reads_the_whole_text_and_the_encoder_its_window() -> None:
     window = Item(long.ids[:5], long.segments[:5])
     network = PackedPass(model)
     texts = Texts(texts_of([short, window, other]).window, texts_of([short, long, other]).window)
-    items = Items(network, texts, rule(4, first=1))
-    cascade.decide(network, everything(items))
-    reads = pad([short, long, other])
-    expected = head(reads["input_ids"], reads["attention_mask"], reads["token_type_ids"])
+    items = Items(network, texts, two_band_rule(4, first=1))
+    cascade.decide(network, batch_of_all(items))
+    full = pad([short, long, other])
+    expected = head(full["input_ids"], full["attention_mask"], full["token_type_ids"])
     assert items.exit_logits is not None
     assert_close(torch.from_numpy(items.exit_logits), expected)
     assert items.dense_macs[1] == dense_macs(model.config, 5)
     items.step[:] = 1
-    assert cascade.compute(network, everything(items)).logits.shape == (3, model.config.num_classes)
+    assert cascade.compute(network, batch_of_all(items)).logits.shape == (
+        3,
+        model.config.num_classes,
+    )
 
 
-def test_an_unsure_step_0_goes_on_at_once() -> None:
+def test_a_text_uncertain_at_step_0_continues_at_its_next_step() -> None:
     model = random_network(small_config(embedding_exit=True))
-    items = decided(PackedPass(model), random_items([6]), rule(4, below=1.0, step=3, first=0))
+    items = decided(
+        PackedPass(model), random_items([6]), two_band_rule(4, below=1.0, step=3, first=0)
+    )
     assert not items.done.any()
     assert items.step[0] in (1, 3)
 
 
 @PROPERTY
 @given(networks(budget_scope="layer"), batches())
-def test_a_step_that_layers_choose_is_on_the_ladder(
+def test_the_reported_step_is_the_first_that_covers_the_heads_of_all_layers(
     model: BudgetFormerForSequenceClassification, items: list[Item]
 ) -> None:
-    """With an uneven ladder the heads of a layer are no step's number."""
+    """On an uneven ladder, no number of heads in a layer names a step."""
     ladder = model.config.ladder
-    answered = finish(model, items, BudgetRule(num_steps=len(ladder)))
+    answered = answer(model, items, BudgetRule(num_steps=len(ladder)))
     for step, chosen in zip(answered.step.tolist(), answered.selected_heads, strict=True):
         assert 1 <= step <= len(ladder)
         kept = [len(heads) for heads in chosen]

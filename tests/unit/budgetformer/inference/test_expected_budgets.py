@@ -1,3 +1,5 @@
+"""Budgets and runs that a rule is expected to cause, from the figures of calibration."""
+
 from __future__ import annotations
 
 import pytest
@@ -29,7 +31,7 @@ LEVEL = Level(
         (BudgetRule(level=LEVEL, num_steps=6, fixed=0), {0: 1.0}, {}),
     ],
 )
-def test_what_calibration_says_of_a_rule(
+def test_expected_budgets_respect_ceilings_and_fixed_steps(
     rule: BudgetRule, budgets: dict[int, float], runs: dict[int, float]
 ) -> None:
     assert rule.expected_budgets() == pytest.approx(budgets)

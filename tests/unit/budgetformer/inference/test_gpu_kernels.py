@@ -1,4 +1,4 @@
-"""The Triton kernels against their plain namesakes, in Triton's interpreter."""
+"""The Triton kernels, run by Triton's interpreter, give the results of the plain kernels."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def heads_of(heads: int, positions: Positions | None = None, window: int | None = None) -> ItemRun:
-    """Return what attention reads of some heads of a layer."""
+    """Return the item run of some heads of a layer."""
     spec = replace(LayerSpec.of(small_config(), 0), window=window)
     return ItemRun(heads, spec, positions)
 
@@ -74,15 +74,15 @@ def test_attention(lengths: Sequence[int], heads: int, size: int, spare: int) ->
 )
 def test_attention_with_positions(positions: str, window: int | None) -> None:
     offsets = BatchOffsets((130, 7, 0, 71), CPU)
-    known: dict[str, Positions | None] = {
+    schemes: dict[str, Positions | None] = {
         "absolute": None,
         "rotary": Rotary(100.0),
         "bias": DistanceBias(random(16, 2), 40),
     }
-    read = heads_of(2, known[positions], window)
+    run = heads_of(2, schemes[positions], window)
     projected = random(offsets.num_tokens, 2 * 3 * 8)
-    expected = plain.attend(projected, offsets, read)
-    assert_close(gpu.attend(projected, offsets, read), expected)
+    expected = plain.attend(projected, offsets, run)
+    assert_close(gpu.attend(projected, offsets, run), expected)
 
 
 def test_attention_in_half_precision() -> None:
@@ -97,7 +97,7 @@ def test_attention_in_half_precision() -> None:
     )
 
 
-def test_attention_of_one_item_reads_no_other() -> None:
+def test_attention_of_an_item_reads_no_other_item() -> None:
     offsets = BatchOffsets((20, 70), CPU)
     projected = random(90, 2 * 3 * 32)
     before = gpu.attend(projected, offsets, heads_of(2))[:20]
@@ -113,7 +113,7 @@ def test_attention_of_large_scores_does_not_overflow() -> None:
     )
 
 
-def test_attention_of_no_row_of_an_item_depends_on_where_it_lies() -> None:
+def test_attention_does_not_depend_on_the_position_in_the_batch() -> None:
     projected, before = random(100, 3 * 32), random(37, 3 * 32)
     alone = gpu.attend(projected, BatchOffsets((100,), CPU), heads_of(1))
     behind = gpu.attend(torch.cat([before, projected]), BatchOffsets((37, 100), CPU), heads_of(1))[
@@ -137,7 +137,7 @@ def test_add_and_norm(width: int, dtype: torch.dtype) -> None:
 
 
 def test_add_and_norm_of_states_far_from_zero() -> None:
-    # A variance from the mean of squares would lose all of its digits here.
+    # A variance computed from the mean of squares would lose all digits.
     norm = nn.LayerNorm(64)
     states, change = random(3, 64) + 4096, torch.zeros(3, 64)
     assert_close(
@@ -161,7 +161,7 @@ def test_bag(lengths: Sequence[int], labels: int, rank: int, buckets: int) -> No
 
 
 def test_bag_of_large_ids() -> None:
-    # The hash of two ids is more than 32 bits hold.
+    # The hash of two ids exceeds 32 bits.
     config = small_config(embedding_exit=True, vocab_size=200_000, exit_buckets=64)
     head, offsets = ExitHead(config).requires_grad_(False), BatchOffsets((3,), CPU)
     ids = torch.tensor([199_999, 199_998, 5])
@@ -191,7 +191,7 @@ def test_mean_does_not_depend_on_the_batch() -> None:
     assert torch.equal(together[1:], gpu.mean(states[50:], BatchOffsets((40,), CPU)))
 
 
-def test_nothing_to_do() -> None:
+def test_kernels_accept_empty_batches() -> None:
     offsets = BatchOffsets((), CPU)
     assert gpu.attend(torch.empty(0, 12), offsets, heads_of(2)).shape == (0, 4)
     assert gpu.add_norm(torch.empty(0, 8), torch.empty(0, 8), nn.LayerNorm(8)).shape == (0, 8)
@@ -228,7 +228,7 @@ def linear(width: int, results: int, gelu: bool, dtype: torch.dtype = torch.floa
     ("inner", "width", "outer"), [(4, 16, 9), (70, 48, 16), (64, 384, 192), (100, 96, 300)]
 )
 @pytest.mark.parametrize(("gelu", "two_per_sm"), [(False, False), (True, False), (True, True)])
-def test_maps_and_norm(
+def test_fused_maps_and_norm(
     tokens: int, spare: int, inner: int, width: int, outer: int, gelu: bool, two_per_sm: bool
 ) -> None:
     offsets = BatchOffsets((tokens,), CPU)
@@ -246,7 +246,7 @@ def test_maps_and_norm(
         assert_close(ours[:tokens], theirs[:tokens])
 
 
-def test_maps_and_norm_in_half_precision() -> None:
+def test_fused_maps_and_norm_in_half_precision() -> None:
     offsets, half = BatchOffsets((33,), CPU), torch.float16
     first, second = linear(32, 64, False, half), linear(64, 128, True, half)
     norm, inputs = nn.LayerNorm(64).requires_grad_(False), random(33, 32).half()
@@ -258,7 +258,7 @@ def test_maps_and_norm_in_half_precision() -> None:
     assert_close(ours.float(), theirs.float(), tolerance=0.01)
 
 
-def test_maps_of_other_kinds_are_not_joined() -> None:
+def test_unsupported_maps_are_not_fused() -> None:
     some, norm = linear(16, 32, False), nn.LayerNorm(32)
     assert not gpu.can_fuse(lambda states: states, some, norm)
     assert not gpu.can_fuse(some, lambda states: states, norm)

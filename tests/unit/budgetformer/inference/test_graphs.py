@@ -1,6 +1,6 @@
-"""The pass of GPUs on a CPU: Triton's interpreter in place of a card, a call in place of a graph.
+"""The recorded pass of GPUs, on a CPU: Triton's interpreter, and a plain call for each graph.
 
-What these tests leave open, graphs and streams, `budgetformer bench gpu` checks where there is one.
+`budgetformer bench gpu` checks real graphs and streams on a GPU.
 """
 
 from __future__ import annotations
@@ -34,29 +34,29 @@ from tests.support.networks import (
     batches,
     networks,
     pack,
-    pad,
     random_items,
     random_network,
+    reference_logits,
     small_config,
 )
 
 Network = BudgetFormerForSequenceClassification
-# Spare rows hold what lay there before.
+# Spare rows are uninitialized memory.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 FEW = settings(PROPERTY, max_examples=15)
-"""The interpreter takes its time."""
+"""The interpreter is slow."""
 SMALL = small_config(num_hidden_layers=1)
 
 
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a program take more rows: the interpreter runs one program after the other."""
+    """Give each program more rows, because the interpreter runs programs one by one."""
     monkeypatch.setattr(gpu, "NORMED_ROWS", 32)
 
 
-def on_a_gpu(**fixed: Any) -> st.SearchStrategy[Network]:
-    """Draw a network whose positions the kernels know."""
+def gpu_networks(**fixed: Any) -> st.SearchStrategy[Network]:
+    """Draw a network whose positions the kernels support."""
     return networks(**fixed).filter(lambda network: gpu.can_attend(network.config))
 
 
@@ -64,14 +64,12 @@ def graphed(network: Network, timed: bool = False) -> GraphedPass:
     return GraphedPass(network, "float32", gpu, timed)
 
 
-@torch.no_grad()
 def reference(network: Network, items: Sequence[Item], steps: Sequence[int]) -> torch.Tensor:
-    logits: torch.Tensor = network(**pad(items), steps=torch.tensor(steps)).logits
-    return logits
+    return reference_logits(network, items, steps=torch.tensor(steps))
 
 
 @FEW
-@given(on_a_gpu(head_selection="ranked"), batches(), st.data())
+@given(gpu_networks(head_selection="ranked"), batches(), st.data())
 def test_equals_the_reference(network: Network, items: list[Item], data: st.DataObject) -> None:
     steps = [data.draw(st.integers(1, network.config.num_steps))] * len(items)
     compact, tokens = graphed(network), pack(items)
@@ -84,8 +82,8 @@ def test_equals_the_reference(network: Network, items: list[Item], data: st.Data
 
 
 @FEW
-@given(on_a_gpu(), batches(), st.data())
-def test_other_batches_are_passed_as_before(
+@given(gpu_networks(), batches(), st.data())
+def test_batches_of_several_steps_equal_the_reference(
     network: Network, items: list[Item], data: st.DataObject
 ) -> None:
     last = network.config.num_steps
@@ -96,7 +94,7 @@ def test_other_batches_are_passed_as_before(
     assert_close(result.logits, reference(network, items, steps))
 
 
-def test_a_recorded_pass_keeps_nothing_of_the_batch_before() -> None:
+def test_a_recorded_pass_keeps_nothing_of_the_previous_batch() -> None:
     network = random_network(
         small_config(num_hidden_layers=1, embedding_exit=True, exit_weight=0.5)
     )
@@ -114,7 +112,7 @@ def test_a_recorded_pass_keeps_nothing_of_the_batch_before() -> None:
 
 @FEW
 @given(networks(), batches())
-def test_arrivals_equal_the_plain_ones(network: Network, items: list[Item]) -> None:
+def test_decisions_equal_those_of_the_plain_pass(network: Network, items: list[Item]) -> None:
     tokens = pack(items)
     actual, expected = graphed(network).decide(tokens), load_pass(network).decide(tokens)
     for ours, plain in (
@@ -136,13 +134,13 @@ def test_fused_layers_equal_unfused_ones(step: int, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(unfused, "_can_fuse", lambda _: False)
     calls: list[int] = []
     run_fused = fused._fused
-    monkeypatch.setattr(fused, "_fused", lambda *given: calls.append(1) or run_fused(*given))
+    monkeypatch.setattr(fused, "_fused", lambda *args: calls.append(1) or run_fused(*args))
     assert_close(fused.run(tokens, [step] * 3).logits, unfused.run(tokens, [step] * 3).logits)
     assert calls
 
 
 @pytest.mark.parametrize(("wave", "two_per_sm"), [(64, True), (80, False)])
-def test_more_rows_than_a_wave_may_be_paired(
+def test_two_programs_share_an_sm_only_beyond_one_wave(
     wave: int, two_per_sm: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network, items = random_network(SMALL), random_items([12] * 6)
@@ -150,9 +148,9 @@ def test_more_rows_than_a_wave_may_be_paired(
     monkeypatch.setattr(compact, "_wave", wave)
     map_norm_map = gpu.map_norm_map
 
-    def spied(*given: object) -> torch.Tensor:
-        seen.add(bool(given[-1]))
-        return map_norm_map(*given)
+    def spied(*arguments: object) -> torch.Tensor:
+        seen.add(bool(arguments[-1]))
+        return map_norm_map(*arguments)
 
     monkeypatch.setattr(gpu, "map_norm_map", spied)
     assert_close(compact.run(pack(items), [2] * 6).logits, reference(network, items, [2] * 6))
@@ -189,7 +187,7 @@ def test_a_size_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     compact, tokens = graphed(random_network(SMALL), timed=True), pack(random_items([5]))
     monkeypatch.setattr(compact, "_candidates", lambda *_: [compact._unfused, compact._fused])
     timed: list[int] = []
-    monkeypatch.setattr(graphs, "_fastest", lambda those: timed.append(len(those)) or 0)
+    monkeypatch.setattr(graphs, "_fastest", lambda programs: timed.append(len(programs)) or 0)
     for _ in range(2):
         compact.run(tokens, [2])
         compact._programs.clear()
@@ -202,14 +200,14 @@ def test_by_default_the_size_decides_the_variant_and_nothing_is_timed(
 ) -> None:
     compact = graphed(random_network(SMALL))
     timed: list[int] = []
-    monkeypatch.setattr(graphs, "_fastest", lambda those: timed.append(len(those)) or 0)
+    monkeypatch.setattr(graphs, "_fastest", lambda programs: timed.append(len(programs)) or 0)
     for lengths in ([5], [9, 3], [12] * 6):
         compact.run(pack(random_items(lengths)), [2] * len(lengths))
     assert set(timed) == {1}
 
 
 @pytest.mark.parametrize("timed", [True, False])
-def test_a_way_that_a_card_has_no_room_for_is_left_out(
+def test_a_variant_too_large_for_the_gpu_is_skipped(
     monkeypatch: pytest.MonkeyPatch, timed: bool
 ) -> None:
     def too_large(*_: object) -> torch.Tensor:
@@ -221,7 +219,7 @@ def test_a_way_that_a_card_has_no_room_for_is_left_out(
     assert_close(compact.run(pack(items), [2]).logits, reference(network, items, [2]))
 
 
-def test_answers_outlive_the_next_batch() -> None:
+def test_the_next_batch_does_not_overwrite_answers() -> None:
     compact = graphed(random_network(SMALL))
     first = compact.run(pack(random_items([5])), [2]).logits
     kept = first.clone()
@@ -229,7 +227,7 @@ def test_answers_outlive_the_next_batch() -> None:
     assert torch.equal(first, kept)
 
 
-def test_passes_of_one_size_are_recorded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_step_and_size_is_recorded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     compact = graphed(random_network(SMALL))
     recorded: list[tuple[int, Size]] = []
     record = compact._record
@@ -248,26 +246,26 @@ def test_passes_of_one_size_are_recorded_once(monkeypatch: pytest.MonkeyPatch) -
 
 
 @torch.inference_mode()
-def test_a_recorded_pass_can_be_run_once_more() -> None:
+def test_a_recorded_pass_can_be_replayed() -> None:
     network, tokens = random_network(SMALL), pack(random_items([5, 9]))
     compact = graphed(network)
     for step in (graphs.DECISION, 2):
-        again = compact.recorded(step, tokens)
-        assert again is not None
+        replay = compact.recorded(step, tokens)
+        assert replay is not None
         (program,) = (p for (of, _), p in compact._programs.items() if of == step)
         result = program.results[0]
         assert result is not None
         before = result.clone()
         result.zero_()
-        again()
+        replay()
         assert torch.equal(result, before)
     assert compact.recorded(2, pack([])) is None
-    picking = graphed(random_network(small_config(head_selection="input", budget_scope="input")))
-    assert picking.recorded(2, tokens) is None
+    selecting = graphed(random_network(small_config(head_selection="input", budget_scope="input")))
+    assert selecting.recorded(2, tokens) is None
     assert load_pass(network).recorded(2, tokens) is None
 
 
-def test_the_least_used_passes_go(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_least_recently_used_passes_are_evicted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "MAX_PROGRAMS", 2)
     network = random_network(SMALL)
     compact, items = graphed(network), random_items([4, 9])
@@ -277,7 +275,7 @@ def test_the_least_used_passes_go(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [step for step, _ in compact._programs] == [4, 1]
 
 
-def test_large_batches_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_batches_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed, "CPU_ROWS", 20)
     network = random_network(small_config())
     items = random_items([12, 9, 7, 1, 12])
@@ -285,7 +283,7 @@ def test_large_batches_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_close(result.logits, reference(network, items, [3] * 5))
 
 
-def test_warming_records_what_is_common(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warming_records_common_sizes_of_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "WARM_BATCHES", (1, 5))
     compact = graphed(random_network(SMALL))
     compact.warm([2, 4])
@@ -295,7 +293,7 @@ def test_warming_records_what_is_common(monkeypatch: pytest.MonkeyPatch) -> None
         assert (2, size) in compact._programs
 
 
-def test_warming_records_no_more_than_is_passed_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warming_records_no_size_beyond_the_largest_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "WARM_BATCHES", (1, 5, 6))
     monkeypatch.setattr(packed, "CPU_ROWS", 5 * POSITIONS)
     compact = graphed(random_network(SMALL))
@@ -304,7 +302,7 @@ def test_warming_records_no_more_than_is_passed_together(monkeypatch: pytest.Mon
     assert (2, compact._size([POSITIONS] * 6)) not in compact._programs
 
 
-def test_too_long_items_are_refused() -> None:
+def test_items_longer_than_the_positions_are_refused() -> None:
     compact = graphed(random_network(small_config()))
     with pytest.raises(ValueError, match="only 12 positions"):
         compact.run(PackedTokens.pack([[1] * (POSITIONS + 1)]), [2])
@@ -322,7 +320,7 @@ def test_too_long_items_are_refused() -> None:
         ([300, 20], 320, 20),
     ],
 )
-def test_sizes_are_few(lengths: list[int], rows: int, items: int) -> None:
+def test_sizes_are_rounded_up(lengths: list[int], rows: int, items: int) -> None:
     assert Size.of(lengths, 3) == Size(rows, items, 3)
 
 
@@ -337,12 +335,12 @@ def test_sizes_are_few(lengths: list[int], rows: int, items: int) -> None:
         (17_000, 20480),
     ],
 )
-def test_what_fills_a_card_is_a_size(tokens: int, rows: int) -> None:
+def test_a_full_wave_is_a_size(tokens: int, rows: int) -> None:
     assert Size.of([tokens], 3, wave=8448).rows == rows
 
 
 @given(st.lists(st.integers(0, 400), min_size=1, max_size=200))
-def test_sizes_hold_what_they_are_for(lengths: list[int]) -> None:
+def test_sizes_hold_the_batch_with_little_spare(lengths: list[int]) -> None:
     size = Size.of(lengths, 2)
     assert sum(lengths) <= size.rows <= max(64, 1.25 * sum(lengths))
     assert len(lengths) <= size.items <= max(size.rows // 16, 2 * len(lengths))

@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from budgetformer.cost.macs import decision_macs, encoder_macs, scorer_macs
 from budgetformer.inference import precision_choice
@@ -20,6 +19,7 @@ from budgetformer.inference.precision_choice import MIN_WEIGHTS, choose_precisio
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification
 from tests.support.counter import MacCounter
 from tests.support.networks import (
+    LARGE,
     POSITIONS,
     PROPERTY,
     Item,
@@ -31,17 +31,15 @@ from tests.support.networks import (
     pad,
     random_items,
     random_network,
+    reference_logits,
     small_config,
     step_lists,
 )
 
 Network = BudgetFormerForSequenceClassification
 
-
-LARGE = {"hidden_size": 256, "intermediate_size": 2048, "num_attention_heads": 4}
-"""Sizes of a network for which a lower precision may pay."""
 BFLOAT16_BOUND = 0.05
-"""Of random networks' logits in bfloat16; their states are of the order of 1."""
+"""Largest error of the bfloat16 logits of random networks, relative to the largest logit."""
 
 
 def classify(
@@ -50,17 +48,11 @@ def classify(
     steps: list[int] | None = None,
     precision: str = "float32",
 ) -> tuple[BudgetPrediction, PassResult]:
-    """Take items through a fresh compact pass: decision, then the encoder."""
+    """Run items through a new compact pass: the decision, then the encoder."""
     compact = load_pass(network, precision)
     tokens = pack(items)
     decision = compact.decide(tokens)
     return decision, compact.run(tokens, steps, decision.exit_logits, decision.ranking)
-
-
-@torch.no_grad()
-def reference_logits(network: Network, items: list[Item], **budget: Tensor | None) -> Tensor:
-    """Classify items by the reference network, with its `steps` and `gates`."""
-    return network(**pad(items), **budget).logits
 
 
 def draw_steps(data: st.DataObject, network: Network, items: list[Item]) -> list[int]:
@@ -68,7 +60,7 @@ def draw_steps(data: st.DataObject, network: Network, items: list[Item]) -> list
 
 
 def draw_budget(data: st.DataObject, network: Network, items: list[Item]) -> list[int] | None:
-    """Draw the steps, or None where the layers may decide."""
+    """Draw the steps, or None if the layers decide."""
     if network.config.budget_scope == "layer" and data.draw(st.booleans(), label="layers decide"):
         return None
     return draw_steps(data, network, items)
@@ -86,7 +78,7 @@ def test_equals_the_reference_at_the_same_steps(
 
 @PROPERTY
 @given(networks(budget_scope="input"), batches(), st.data())
-def test_stays_near_the_reference_in_bfloat16(
+def test_is_close_to_the_reference_in_bfloat16(
     network: Network, items: list[Item], data: st.DataObject
 ) -> None:
     steps = draw_steps(data, network, items)
@@ -98,7 +90,7 @@ def test_stays_near_the_reference_in_bfloat16(
 
 @PROPERTY
 @given(networks(budget_scope="layer"), batches())
-def test_equals_the_reference_where_layers_decide(network: Network, items: list[Item]) -> None:
+def test_equals_the_reference_if_layers_decide(network: Network, items: list[Item]) -> None:
     _, result = classify(network, items)
     assert_close(result.logits, reference_logits(network, items))
 
@@ -111,13 +103,14 @@ def test_equals_the_reference_masked_to_the_heads_it_reports(
     steps = draw_budget(data, network, items)
     _, result = classify(network, items, steps)
     gates = gates_of(result.selected_heads, network.config.num_attention_heads)
-    known = None if steps is None else torch.tensor(steps)
-    assert_close(result.logits, reference_logits(network, items, steps=known, gates=gates))
+    reference_steps = None if steps is None else torch.tensor(steps)
+    expected = reference_logits(network, items, steps=reference_steps, gates=gates)
+    assert_close(result.logits, expected)
 
 
 @PROPERTY
 @given(networks(budget_scope="input", head_selection="input"), batches(), st.data())
-def test_computes_any_head_sets_that_a_ranking_names(
+def test_computes_the_first_heads_of_any_ranking(
     network: Network, items: list[Item], data: st.DataObject
 ) -> None:
     config = network.config
@@ -135,8 +128,9 @@ def test_computes_any_head_sets_that_a_ranking_names(
                 sorted(ranking[item, layer, :kept].tolist())
             )
     gates = gates_of(result.selected_heads, config.num_attention_heads)
-    known = torch.tensor(steps)
-    assert_close(result.logits, reference_logits(network, items, steps=known, gates=gates))
+    reference_steps = torch.tensor(steps)
+    expected = reference_logits(network, items, steps=reference_steps, gates=gates)
+    assert_close(result.logits, expected)
 
 
 @PROPERTY
@@ -154,7 +148,7 @@ def test_without_fusion_the_encoder_answers_alone(
 
 @PROPERTY
 @given(networks(), batches(), st.data())
-def test_computes_the_number_of_heads_that_the_ladder_plans(
+def test_computes_as_many_heads_as_the_ladder_says(
     network: Network, items: list[Item], data: st.DataObject
 ) -> None:
     steps = draw_steps(data, network, items)
@@ -165,7 +159,7 @@ def test_computes_the_number_of_heads_that_the_ladder_plans(
 
 @PROPERTY
 @given(networks(head_selection="ranked"), batches(), st.data())
-def test_ranked_heads_are_the_first_ones(
+def test_ranked_selection_uses_the_first_heads(
     network: Network, items: list[Item], data: st.DataObject
 ) -> None:
     _, result = classify(network, items, draw_budget(data, network, items))
@@ -174,7 +168,7 @@ def test_ranked_heads_are_the_first_ones(
 
 @PROPERTY
 @given(networks(budget_scope="input"), batches())
-def test_arrival_decides_as_the_reference_does(network: Network, items: list[Item]) -> None:
+def test_decisions_equal_the_reference(network: Network, items: list[Item]) -> None:
     decision = load_pass(network).decide(pack(items))
     with torch.no_grad():
         expected = network(**pad(items), steps=1)
@@ -193,7 +187,7 @@ def test_arrival_decides_as_the_reference_does(network: Network, items: list[Ite
 
 @PROPERTY
 @given(networks(budget_scope="layer"), batches())
-def test_nothing_is_decided_on_arrival_where_layers_decide(
+def test_nothing_is_decided_in_advance_if_layers_decide(
     network: Network, items: list[Item]
 ) -> None:
     assert load_pass(network).decide(pack(items)) == BudgetPrediction(None, None, None)
@@ -201,17 +195,17 @@ def test_nothing_is_decided_on_arrival_where_layers_decide(
 
 @PROPERTY
 @given(networks(), batches(smallest=2), st.data())
-def test_an_answer_does_not_depend_on_batch_mates(
+def test_an_answer_does_not_depend_on_the_other_items(
     network: Network, items: list[Item], data: st.DataObject
 ) -> None:
     steps = draw_budget(data, network, items)
     decision, together = classify(network, items, steps)
-    for place, item in enumerate(items):
-        alone_decision, alone = classify(network, [item], None if steps is None else [steps[place]])
-        assert alone.selected_heads[0] == together.selected_heads[place]
-        assert_close(together.logits[place], alone.logits[0])
+    for i, item in enumerate(items):
+        alone_decision, alone = classify(network, [item], None if steps is None else [steps[i]])
+        assert alone.selected_heads[0] == together.selected_heads[i]
+        assert_close(together.logits[i], alone.logits[0])
         if decision.budget is not None and alone_decision.budget is not None:
-            assert_close(decision.budget[place], alone_decision.budget[0])
+            assert_close(decision.budget[i], alone_decision.budget[0])
 
 
 @PROPERTY
@@ -221,20 +215,20 @@ def test_answers_follow_the_order_of_the_batch(
 ) -> None:
     steps = draw_budget(data, network, items)
     order = data.draw(st.permutations(range(len(items))), label="order")
-    _, straight = classify(network, items, steps)
-    _, turned = classify(
+    _, original = classify(network, items, steps)
+    _, reordered = classify(
         network, [items[i] for i in order], None if steps is None else [steps[i] for i in order]
     )
-    assert turned.selected_heads == [straight.selected_heads[i] for i in order]
-    assert_close(turned.logits, straight.logits[order])
+    assert reordered.selected_heads == [original.selected_heads[i] for i in order]
+    assert_close(reordered.logits, original.logits[order])
 
 
 @PROPERTY
 @given(networks(), batches(), st.data())
-def test_padding_of_the_reference_changes_nothing(
+def test_padding_does_not_change_the_reference(
     network: Network, items: list[Item], data: st.DataObject
 ) -> None:
-    # the compact pass has no padding, so the reference must not see its own either
+    # the compact pass has no padding, so the padding of the reference must not matter
     steps = draw_steps(data, network, items)
     assume(all(items))
     alone = [
@@ -246,7 +240,7 @@ def test_padding_of_the_reference_changes_nothing(
 
 
 def counted_decision(network: Network, tokens: int) -> int:
-    """Return what `MacCounter` sees of a decision: NumPy's products are not torch's."""
+    """Return the multiply-adds of a decision that `MacCounter` counts: torch's, not NumPy's."""
     decided = decision_macs(network.config, tokens)
     if network.step0_with_numpy() is None:
         return decided
@@ -255,7 +249,7 @@ def counted_decision(network: Network, tokens: int) -> int:
 
 @PROPERTY
 @given(networks(), batches(), st.data())
-def test_executes_exactly_the_multiply_adds_of_the_heads_used(
+def test_executes_the_multiply_adds_of_the_selected_heads_only(
     network: Network, items: list[Item], data: st.DataObject
 ) -> None:
     config = network.config
@@ -275,7 +269,7 @@ def test_executes_exactly_the_multiply_adds_of_the_heads_used(
 
 @PROPERTY
 @given(networks(budget_scope="input"), batches(), st.data())
-def test_arrival_and_encoder_share_the_count(
+def test_decision_and_encoder_execute_their_own_multiply_adds(
     network: Network, items: list[Item], data: st.DataObject
 ) -> None:
     config, compact, tokens = network.config, load_pass(network), pack(items)
@@ -292,20 +286,20 @@ def test_arrival_and_encoder_share_the_count(
 
 
 @torch.no_grad()
-def poison(network: Network, layer: int, head: int) -> None:
-    """Make everything that one head owns NaN."""
+def set_head_to_nan(network: Network, layer: int, head: int) -> None:
+    """Set all weights of one head to NaN."""
     config, target = network.config, network.encoder.layers[layer]
     rows = slice(head * config.head_size, (head + 1) * config.head_size)
     attention, net = target.attention, target.feed_forward
-    for one in (attention.query, attention.key, attention.value):
-        one.weight[rows] = torch.nan
-        one.bias[rows] = torch.nan
+    for projection in (attention.query, attention.key, attention.value):
+        projection.weight[rows] = torch.nan
+        projection.bias[rows] = torch.nan
     attention.output.weight[:, rows] = torch.nan
-    if (own := target.spec.neurons_per_head) is not None:
-        owned = slice(head * own, (head + 1) * own)
-        net.up.weight[owned] = torch.nan
-        net.up.bias[owned] = torch.nan
-        net.down.weight[:, owned] = torch.nan
+    if (count := target.spec.neurons_per_head) is not None:
+        neurons = slice(head * count, (head + 1) * count)
+        net.up.weight[neurons] = torch.nan
+        net.up.bias[neurons] = torch.nan
+        net.down.weight[:, neurons] = torch.nan
 
 
 @PROPERTY
@@ -318,16 +312,16 @@ def test_no_unselected_head_is_multiplied(
     for layer in range(network.config.num_hidden_layers):
         used = {head for item in clean.selected_heads for head in item[layer]}
         for head in set(range(network.config.num_attention_heads)) - used:
-            poison(network, layer, head)
-    _, poisoned = classify(network, items, steps)
-    assert poisoned.selected_heads == clean.selected_heads
-    assert poisoned.logits.isfinite().all()
-    assert torch.equal(poisoned.logits, clean.logits)
+            set_head_to_nan(network, layer, head)
+    _, result = classify(network, items, steps)
+    assert result.selected_heads == clean.selected_heads
+    assert result.logits.isfinite().all()
+    assert torch.equal(result.logits, clean.logits)
 
 
-def test_the_poison_would_show() -> None:
+def test_a_head_of_nan_makes_answers_nan_only_if_it_is_multiplied() -> None:
     network = random_network(small_config())
-    poison(network, layer=1, head=3)
+    set_head_to_nan(network, layer=1, head=3)
     items = random_items([4])
     assert classify(network, items, [3])[1].logits.isfinite().all()
     assert not classify(network, items, [4])[1].logits.isfinite().all()
@@ -338,7 +332,9 @@ def test_the_poison_would_show() -> None:
 @pytest.mark.parametrize("scope", ["input", "layer"])
 @pytest.mark.parametrize("norm", ["post", "pre"])
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
-def test_each_form_of_the_network(selection: str, scope: str, norm: str, pooling: str) -> None:
+def test_every_kind_of_network_equals_the_reference(
+    selection: str, scope: str, norm: str, pooling: str
+) -> None:
     config = small_config(
         head_selection=selection,
         budget_scope=scope,
@@ -355,7 +351,7 @@ def test_each_form_of_the_network(selection: str, scope: str, norm: str, pooling
 
 
 @pytest.mark.parametrize("length", range(13))
-def test_every_length(length: int) -> None:
+def test_every_length_equals_the_reference(length: int) -> None:
     network = random_network(small_config(embedding_exit=True, exit_weight=0.5))
     items = random_items([length])
     _, result = classify(network, items, [2])
@@ -371,7 +367,7 @@ def test_segments_change_the_answer() -> None:
     )
 
 
-def test_without_segments_all_are_zero() -> None:
+def test_packing_without_segments_makes_them_zero() -> None:
     tokens = PackedTokens.pack([[4, 5], [], [6]])
     assert tokens.input_ids.tolist() == [4, 5, 6]
     assert tokens.token_type_ids.tolist() == [0, 0, 0]
@@ -383,7 +379,7 @@ def test_packing_keeps_segments_in_order() -> None:
     assert tokens.token_type_ids.tolist() == [0, 1, 1]
 
 
-def test_packing_nothing() -> None:
+def test_packing_no_items_gives_an_empty_batch() -> None:
     tokens = PackedTokens.pack([])
     assert tokens.input_ids.shape == (0,)
     assert tokens.lengths == ()
@@ -391,7 +387,7 @@ def test_packing_nothing() -> None:
 
 @pytest.mark.parametrize("scope", ["input", "layer"])
 @pytest.mark.parametrize("selection", ["input", "ranked"])
-def test_a_batch_of_empty_items(scope: str, selection: str) -> None:
+def test_empty_items_get_the_bias(scope: str, selection: str) -> None:
     network = random_network(small_config(budget_scope=scope, head_selection=selection))
     _, result = classify(network, [Item([], []), Item([], [])], [1, 4])
     assert result.logits.isfinite().all()
@@ -408,7 +404,7 @@ def test_empty_item_has_a_budget_and_a_step_zero_answer() -> None:
     assert torch.equal(decision.exit_logits[0], network.exit_head.bias)
 
 
-def test_layers_without_heads_pass_the_embeddings_on() -> None:
+def test_layers_without_heads_keep_the_embeddings() -> None:
     network = random_network(small_config(ladder=[[0, 0, 0], [4, 4, 4]]))
     items = random_items([5])
     _, result = classify(network, items, [1])
@@ -419,7 +415,7 @@ def test_layers_without_heads_pass_the_embeddings_on() -> None:
     assert_close(result.logits, network.classifier(embedded.mean(1)).detach())
 
 
-def test_a_pass_answers_the_same_twice() -> None:
+def test_a_repeated_pass_gives_equal_answers() -> None:
     network = random_network(small_config(head_selection="input"))
     compact, tokens = load_pass(network), pack(random_items([3, 8, 5]))
     ranking = compact.decide(tokens).ranking
@@ -428,19 +424,19 @@ def test_a_pass_answers_the_same_twice() -> None:
     assert torch.equal(first.logits, again.logits)
 
 
-def test_answers_survive_a_slice_cache_without_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_do_not_depend_on_the_slice_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     network = random_network(small_config())
     items, steps = random_items([3, 8, 5]), [1, 2, 4]
-    roomy = classify(network, items, steps)[1]
+    cached = classify(network, items, steps)[1]
     monkeypatch.setattr(weights_module, "CACHE_BYTES", 1)
     compact = load_pass(network)
     for _ in range(2):
-        assert torch.equal(compact.run(pack(items), steps).logits, roomy.logits)
+        assert torch.equal(compact.run(pack(items), steps).logits, cached.logits)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("coupled", [True, False])
-def test_a_warm_pass_answers_as_a_cold_one(precision: str, coupled: bool) -> None:
+def test_warming_does_not_change_answers(precision: str, coupled: bool) -> None:
     network = random_network(small_config(budget_ffn=coupled))
     items, steps = random_items([3, 8, 5]), [2, 2, 2]
     cold = classify(network, items, steps, precision)[1]
@@ -454,24 +450,26 @@ def test_a_small_network_runs_in_float32(precision: str) -> None:
     assert load_pass(random_network(small_config()), precision).precision == "float32"
 
 
-def test_the_fastest_precision_of_a_larger_one_is_one_of_them() -> None:
+def test_fastest_selects_a_precision_and_frees_the_weights_of_others() -> None:
     chosen = load_pass(random_network(small_config(**LARGE)), "fastest")
     assert chosen.precision in PRECISIONS
-    assert not list(chosen._slices._slices)  # what was laid out to be timed is let go
+    assert not list(chosen._slices._slices)  # packed for timing only
 
 
-@pytest.mark.parametrize("has", [True, False])
-def test_what_a_processor_lacks_is_not_timed(monkeypatch: pytest.MonkeyPatch, has: bool) -> None:
+@pytest.mark.parametrize("supported", [True, False])
+def test_fastest_does_not_time_bfloat16_without_support(
+    monkeypatch: pytest.MonkeyPatch, supported: bool
+) -> None:
     tried: list[str] = []
 
     def make_pass(model: Network, precision: str, *_: object, **__: object) -> PackedPass:
         tried.append(precision)
         return PackedPass(model)
 
-    monkeypatch.setattr(private, "multiplies_bfloat16", lambda: has)
+    monkeypatch.setattr(private, "multiplies_bfloat16", lambda: supported)
     monkeypatch.setattr(precision_choice, "make_pass", make_pass)
     load_pass(random_network(small_config(**LARGE)), "fastest")
-    assert ("bfloat16" in tried) == has
+    assert ("bfloat16" in tried) == supported
 
 
 def test_auto_never_times(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -492,7 +490,7 @@ def test_auto_never_times(monkeypatch: pytest.MonkeyPatch) -> None:
         (True, True, True, MIN_WEIGHTS - 1, "float32"),
     ],
 )
-def test_auto_follows_from_capabilities(
+def test_auto_selects_by_processor_ranges_and_size(
     monkeypatch: pytest.MonkeyPatch,
     amx: bool,
     avx2: bool,
@@ -507,44 +505,46 @@ def test_auto_follows_from_capabilities(
     assert reason
 
 
-@pytest.mark.parametrize(("has", "expected"), [(True, "bfloat16"), (False, "float32")])
-def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch, has: bool, expected: str) -> None:
-    monkeypatch.setattr(precision_choice, "can_multiply_bfloat16", lambda _: has)
+@pytest.mark.parametrize(("supported", "expected"), [(True, "bfloat16"), (False, "float32")])
+def test_auto_selects_bfloat16_on_gpus_that_support_it(
+    monkeypatch: pytest.MonkeyPatch, supported: bool, expected: str
+) -> None:
+    monkeypatch.setattr(precision_choice, "can_multiply_bfloat16", lambda _: supported)
     assert choose_precision(torch.device("cuda"), MIN_WEIGHTS, True)[0] == expected
 
 
-def test_what_torch_says_of_the_processor() -> None:
+def test_amx_is_detected_by_torch() -> None:
     assert "amx_bf16" in torch.cpu.get_capabilities()
     assert linear.has_amx() == torch.cpu.get_capabilities()["amx_bf16"]
 
 
-def test_memory_grows_with_what_is_laid_out() -> None:
+def test_packed_weights_count_as_memory() -> None:
     compact = load_pass(random_network(small_config()), "bfloat16")
     before = compact.nbytes
     compact.warm([4])
     assert compact.nbytes > before
 
 
-def test_a_budget_needs_its_steps() -> None:
+def test_a_pass_without_steps_is_refused() -> None:
     compact = load_pass(random_network(small_config()))
     with pytest.raises(ValueError, match="pass `steps`"):
         compact.run(pack(random_items([3])))
 
 
 @pytest.mark.parametrize("step", [0, 5, -1])
-def test_a_step_off_the_ladder(step: int) -> None:
+def test_a_step_outside_the_ladder_is_refused(step: int) -> None:
     compact = load_pass(random_network(small_config()))
     with pytest.raises(ValueError, match=f"step {step} is not on the ladder"):
         compact.run(pack(random_items([3])), [step])
 
 
-def test_a_choice_per_input_needs_its_ranking() -> None:
+def test_selection_per_input_without_a_ranking_is_refused() -> None:
     compact = load_pass(random_network(small_config(head_selection="input")))
     with pytest.raises(ValueError, match="ranking"):
         compact.run(pack(random_items([3])), [2])
 
 
-def test_step_zero_has_no_pass() -> None:
+def test_a_pass_at_step_0_is_refused() -> None:
     compact = load_pass(random_network(small_config(embedding_exit=True)))
     tokens = pack(random_items([3]))
     with pytest.raises(ValueError, match="step 0"):
@@ -552,7 +552,7 @@ def test_step_zero_has_no_pass() -> None:
 
 
 @pytest.mark.parametrize("length", [POSITIONS + 1, 10 * POSITIONS])
-def test_too_many_tokens(length: int) -> None:
+def test_items_longer_than_the_positions_are_refused(length: int) -> None:
     compact = load_pass(random_network(small_config()))
     tokens = pack(random_items([2, length]))
     with pytest.raises(
@@ -565,18 +565,18 @@ def test_too_many_tokens(length: int) -> None:
         compact.run(tokens, [1, 1])
 
 
-def test_an_unknown_precision() -> None:
+def test_an_unknown_precision_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown precision 'telepathy'; known: .*float32"):
         load_pass(random_network(small_config()), "telepathy")
 
 
-def test_a_pass_puts_the_network_into_evaluation_mode() -> None:
+def test_loading_a_pass_sets_evaluation_mode() -> None:
     network = random_network(small_config()).train()
     load_pass(network)
     assert not network.training
 
 
-def test_tokens_move_whole() -> None:
+def test_tokens_keep_all_columns_on_another_device() -> None:
     tokens = PackedTokens.pack([[4, 5], [6]], [[0, 1], [1]])
     moved = tokens.to(torch.device("cpu"))
     assert moved.lengths == tokens.lengths
@@ -584,21 +584,21 @@ def test_tokens_move_whole() -> None:
     assert torch.equal(moved.token_type_ids, tokens.token_type_ids)
 
 
-def test_operands_are_not_asked_whether_they_override_torch() -> None:
-    # An answer costs packed weights an exception for every product.
-    asked: list[type] = []
+def test_a_pass_bypasses_the_overrides_of_its_operands() -> None:
+    # With packed weights, each call of `__torch_function__` costs an exception.
+    calls: list[type] = []
 
-    class Asking(torch.Tensor):
+    class Overriding(torch.Tensor):
         @classmethod
         def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            asked.append(cls)
+            calls.append(cls)
             return super().__torch_function__(func, types, args, kwargs or {})
 
     compact = load_pass(random_network(small_config()))
     tokens = pack(random_items([5, 3]))
-    asking = replace(tokens, input_ids=tokens.input_ids.as_subclass(Asking))
-    compact.decide(asking)
-    compact.run(asking, [2, 2])
-    assert not asked
-    asking.input_ids.add(1)
-    assert asked
+    overriding = replace(tokens, input_ids=tokens.input_ids.as_subclass(Overriding))
+    compact.decide(overriding)
+    compact.run(overriding, [2, 2])
+    assert not calls
+    overriding.input_ids.add(1)
+    assert calls

@@ -1,4 +1,4 @@
-"""The precision of a pass where torch was built for another processor."""
+"""The precision of a pass if torch was built without int8."""
 
 from __future__ import annotations
 
@@ -9,31 +9,28 @@ from torch.backends.quantized import _get_qengine_id
 from budgetformer.inference import precision_choice
 from budgetformer.inference.precision_choice import load_pass
 from budgetformer.inference.range_observer import measure_ranges
-from tests.support.networks import pack, random_items, random_network, small_config
-
-LARGE = {"hidden_size": 256, "intermediate_size": 2048, "num_attention_heads": 4}
-"""Sizes of a network whose precision is chosen."""
+from tests.support.networks import LARGE, pack, random_items, random_network, small_config
 
 
 @pytest.mark.parametrize("engine", ["qnnpack", "none"])
 @pytest.mark.parametrize("with_onednn", [True, False])
 @pytest.mark.parametrize("precision", ["auto", "fastest", "float32", "bfloat16"])
-def test_builds_without_products_in_int8_compute_in_what_they_have(
+def test_builds_without_int8_use_another_precision(
     monkeypatch: pytest.MonkeyPatch, engine: str, with_onednn: bool, precision: str
 ) -> None:
     network, items = random_network(small_config(**LARGE)), pack(random_items([5, 3]))
     ranges, steps = measure_ranges(network, [items]), [network.config.num_steps] * 2
     expected = load_pass(network, "float32").run(items, steps).logits
-    built = [_get_qengine_id(engine)]
-    monkeypatch.setattr(torch._C, "_supported_qengines", lambda: built)
+    engines = [_get_qengine_id(engine)]
+    monkeypatch.setattr(torch._C, "_supported_qengines", lambda: engines)
     monkeypatch.setattr(torch._C, "_has_mkldnn", with_onednn)
     monkeypatch.setattr(precision_choice, "has_amx", lambda: False)
     chosen = load_pass(network, precision, ranges)
     assert chosen.precision == {"auto": "float32"}.get(precision, chosen.precision)
     assert chosen.precision != "int8"
-    found = chosen.run(items, steps).logits
-    assert found.isfinite().all()
+    logits = chosen.run(items, steps).logits
+    assert logits.isfinite().all()
     if chosen.precision == "float32":
-        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(logits, expected)
     with pytest.raises(ValueError, match="int8 requires an x86"):
         load_pass(network, "int8", ranges)

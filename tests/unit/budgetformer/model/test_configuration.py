@@ -1,3 +1,5 @@
+"""The configuration: its ladder, its checks, and reading back what was written."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -22,13 +24,13 @@ RAGGED = [[0, 1, 0], [1, 1, 1], [1, 1, 1], [4, 2, 3]]
         (2, 4, [[1, 1], [2, 2], [3, 3], [4, 4]]),
     ],
 )
-def test_uniform_ladder_keeps_k_heads_everywhere_at_step_k(
+def test_step_k_of_the_uniform_ladder_has_k_heads_per_layer(
     layers: int, heads: int, expected: list[list[int]]
 ) -> None:
     assert uniform_ladder(layers, heads) == expected
 
 
-def test_without_a_ladder_the_uniform_one_is_used() -> None:
+def test_the_default_ladder_is_uniform() -> None:
     config = small_config()
     assert config.ladder == uniform_ladder(3, 4)
     assert config.num_steps == 4
@@ -40,7 +42,7 @@ def test_given_ladder_is_kept() -> None:
     assert config.num_steps == 4
 
 
-def test_sizes_per_head() -> None:
+def test_head_size_and_neurons_per_head() -> None:
     config = small_config(hidden_size=32, num_attention_heads=4, intermediate_size=64)
     assert (config.head_size, config.neurons_per_head) == (8, 16)
 
@@ -70,7 +72,7 @@ def test_sizes_per_head() -> None:
         ({"budget_scope": "layer", "encoder_weight": 0.5}, "encoder_weight requires budget_scope"),
     ],
 )
-def test_refuses_what_does_not_fit(changes: dict[str, Any], message: str) -> None:
+def test_invalid_values_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         small_config(**changes)
 
@@ -85,7 +87,7 @@ def test_refuses_what_does_not_fit(changes: dict[str, Any], message: str) -> Non
         {"num_attention_heads": 1, "hidden_size": 3, "intermediate_size": 5},
     ],
 )
-def test_accepts_what_fits(changes: dict[str, Any]) -> None:
+def test_valid_values_are_accepted(changes: dict[str, Any]) -> None:
     assert small_config(**changes).num_steps >= 1
 
 
@@ -95,19 +97,19 @@ def test_heads_per_layer_reads_the_ladder() -> None:
 
 
 @pytest.mark.parametrize("name", ["exit_weight", "encoder_weight"])
-def test_one_weight_counts_for_every_step(name: str) -> None:
+def test_a_single_weight_holds_for_every_step(name: str) -> None:
     assert getattr(small_config(**{name: 0.5}), f"{name}s") == [0.5] * 4
     weights = [0.1, 0.2, 0.3, 0.4]
     assert getattr(small_config(**{name: weights}), f"{name}s") == weights
 
 
-def test_a_configuration_without_an_encoder_weight_counts_the_encoder_once() -> None:
+def test_without_an_encoder_weight_it_is_1() -> None:
     older = small_config(embedding_exit=True, exit_weight=0.5).to_dict()
     del older["encoder_weight"]
     assert BudgetFormerConfig.from_dict(older).encoder_weights == [1.0] * 4
 
 
-def test_step_zero_computes_no_head() -> None:
+def test_step_0_computes_no_heads() -> None:
     assert small_config(embedding_exit=True).heads_per_layer(0) == [0, 0, 0]
 
 
@@ -121,7 +123,9 @@ def test_step_zero_computes_no_head() -> None:
         (-1, True, "0..4"),
     ],
 )
-def test_step_off_the_ladder(step: int, embedding_exit: bool, offered: str) -> None:
+def test_a_step_outside_the_ladder_is_refused(
+    step: int, embedding_exit: bool, offered: str
+) -> None:
     config = small_config(embedding_exit=embedding_exit)
     with pytest.raises(ValueError, match=rf"step {step} is not on the ladder \({offered}\)"):
         config.heads_per_layer(step)
@@ -129,12 +133,12 @@ def test_step_off_the_ladder(step: int, embedding_exit: bool, offered: str) -> N
 
 @PROPERTY
 @given(configs())
-def test_a_configuration_survives_its_dictionary(config: BudgetFormerConfig) -> None:
-    again = BudgetFormerConfig.from_dict(config.to_dict())
-    assert again.to_dict() == config.to_dict()
+def test_to_dict_and_from_dict_keep_the_configuration(config: BudgetFormerConfig) -> None:
+    copy = BudgetFormerConfig.from_dict(config.to_dict())
+    assert copy.to_dict() == config.to_dict()
 
 
-def test_a_configuration_survives_its_folder(tmp_path: Path) -> None:
+def test_a_saved_configuration_is_loaded_unchanged(tmp_path: Path) -> None:
     config = small_config(
         ladder=RAGGED,
         embedding_exit=True,
@@ -143,8 +147,8 @@ def test_a_configuration_survives_its_folder(tmp_path: Path) -> None:
         pooling="cls",
     )
     config.save_pretrained(tmp_path)
-    again = AutoConfig.from_pretrained(tmp_path)
-    assert isinstance(again, BudgetFormerConfig)
-    assert again.ladder == RAGGED
-    assert (again.exit_weight, again.budget_bounds, again.pooling) == (0.25, [0.2, 0.7], "cls")
-    assert again.num_labels == 3
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(loaded, BudgetFormerConfig)
+    assert loaded.ladder == RAGGED
+    assert (loaded.exit_weight, loaded.budget_bounds, loaded.pooling) == (0.25, [0.2, 0.7], "cls")
+    assert loaded.num_labels == 3

@@ -1,3 +1,5 @@
+"""The training pass at one step for all items, and batches split into parts."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -45,7 +47,7 @@ class TestOneStep:
         lengths=st.lists(st.integers(1, 12), min_size=1, max_size=4),
         data=st.data(),
     )
-    def test_is_the_reference_pass(
+    def test_equals_the_reference_pass(
         self, config: object, seed: int, lengths: list[int], data: st.DataObject
     ) -> None:
         model = random_network(config, seed)  # type: ignore[arg-type]
@@ -73,13 +75,13 @@ class TestOneStep:
                 if "decision" not in name
             ]
             gradients.append(named)
-        for (name, one), (_, other) in zip(*gradients, strict=True):
-            assert one is not None, name
-            assert other is not None, name
-            torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6)
+        for (name, expected), (_, actual) in zip(*gradients, strict=True):
+            assert expected is not None, name
+            assert actual is not None, name
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
 
     @pytest.mark.parametrize("choice", [{"head_selection": "input"}, {"budget_scope": "layer"}])
-    def test_needs_a_prefix(self, choice: dict[str, str]) -> None:
+    def test_refuses_networks_without_ranked_heads(self, choice: dict[str, str]) -> None:
         model = random_network(small_config(**choice))
         with pytest.raises(ValueError, match="ranked"):
             model.logits_at(1, **inputs(padded([4])))
@@ -89,7 +91,7 @@ class TestSplit:
     @given(rows=st.integers(1, 9), parts=st.integers(1, 4))
     def test_every_row_is_in_one_part(self, rows: int, parts: int) -> None:
         batch = padded([3] * rows)
-        cut = batch.split(parts)
-        assert len(cut) <= parts
-        assert np.concatenate([part.rows for part in cut]).tolist() == list(range(rows))
-        assert torch.cat([part.input_ids for part in cut]).equal(batch.input_ids)
+        split = batch.split(parts)
+        assert len(split) <= parts
+        assert np.concatenate([part.rows for part in split]).tolist() == list(range(rows))
+        assert torch.cat([part.input_ids for part in split]).equal(batch.input_ids)

@@ -1,3 +1,5 @@
+"""The reference network: budgets, gates, step 0, loss, saving and loading."""
+
 from __future__ import annotations
 
 import copy
@@ -61,18 +63,18 @@ class TestBudgetRule:
         assert budget_step(torch.tensor([s]), heads).tolist() == [kept]
 
     @pytest.mark.parametrize(("s", "step"), [(0.0, 1), (1.0, 4)])
-    def test_stays_on_the_ladder(self, s: float, step: int) -> None:
+    def test_the_step_is_never_below_1_or_above_the_ladder(self, s: float, step: int) -> None:
         assert budget_step(torch.tensor([s]), 4).item() == step
 
     @pytest.mark.parametrize("scope", ["input", "layer"])
-    def test_network_follows_its_own_budget(self, scope: str) -> None:
+    def test_the_network_computes_the_heads_of_its_budget(self, scope: str) -> None:
         network = random_network(small_config(budget_scope=scope))
         with torch.no_grad():
             output = network(**pad(random_items([5, 9, 2])))
         kept = budget_step(output.budget, 4).float()
         assert torch.equal(output.gates.sum(-1), kept.expand(3, 3))
 
-    def test_a_ladder_turns_steps_into_heads(self) -> None:
+    def test_the_ladder_defines_the_heads_of_each_step(self) -> None:
         ladder = [[0, 1, 0], [1, 1, 2], [4, 2, 3]]
         network = random_network(small_config(ladder=ladder))
         with torch.no_grad():
@@ -91,7 +93,7 @@ class TestKeepTop:
             (4, [1, 1, 1, 1]),
         ],
     )
-    def test_marks_the_highest(self, heads: int, expected: list[int]) -> None:
+    def test_keeps_the_highest_scores(self, heads: int, expected: list[int]) -> None:
         scores = torch.tensor([0.5, 3.0, -1.0, 2.0])
         assert keep_top(scores, torch.tensor(heads)).tolist() == expected
 
@@ -109,7 +111,7 @@ class TestKeepTop:
     ) -> None:
         assert keep_top(torch.tensor(scores), torch.tensor(heads)).tolist() == expected
 
-    def test_rows_have_their_own_numbers(self) -> None:
+    def test_each_row_has_its_own_number_of_heads(self) -> None:
         scores = torch.tensor([[[1.0, 2.0], [2.0, 1.0]], [[1.0, 2.0], [2.0, 1.0]]])
         kept = keep_top(scores, torch.tensor([[1, 1], [0, 2]]))
         assert kept.tolist() == [[[0, 1], [1, 0]], [[0, 0], [1, 1]]]
@@ -133,7 +135,7 @@ class TestMaskedMean:
         states = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [99.0, 99.0]]])
         assert masked_mean(states, torch.tensor([[1, 1, 0]])).tolist() == [[2.0, 3.0]]
 
-    def test_of_nothing_is_zero(self) -> None:
+    def test_without_tokens_is_zero(self) -> None:
         assert masked_mean(torch.ones(1, 3, 2), torch.zeros(1, 3)).tolist() == [[0.0, 0.0]]
 
 
@@ -163,7 +165,7 @@ class TestConfidence:
         torch.testing.assert_close(confidence(logits, MULTI_LABEL), torch.tensor(expected))
 
     @pytest.mark.parametrize("problem_type", [SINGLE, MULTI_LABEL])
-    def test_one_per_item(self, problem_type: str) -> None:
+    def test_has_one_value_per_item(self, problem_type: str) -> None:
         confident = confidence(torch.randn(5, 3), problem_type)
         assert confident.shape == (5,)
         assert ((confident > 0) & (confident < 1)).all()
@@ -179,9 +181,9 @@ class TestExitEvidence:
     def test_multi_label_entropy_is_a_mean_over_labels(self) -> None:
         p = torch.tensor([0.5, 0.8])
         log_odds, entropy = exit_evidence(torch.logit(p)[None], MULTI_LABEL)[0]
-        bits = -(p * p.log() + (1 - p) * (1 - p).log())
+        entropies = -(p * p.log() + (1 - p) * (1 - p).log())
         assert log_odds.item() == pytest.approx(0.0, abs=1e-6)
-        assert entropy.item() == pytest.approx(bits.mean().item(), rel=1e-5)
+        assert entropy.item() == pytest.approx(entropies.mean().item(), rel=1e-5)
 
     @pytest.mark.parametrize("problem_type", [SINGLE, MULTI_LABEL])
     @pytest.mark.parametrize("size", [0.0, 30.0, 1e4])
@@ -190,7 +192,7 @@ class TestExitEvidence:
         assert evidence.shape == (1, 2)
         assert evidence.isfinite().all()
 
-    def test_surer_answers_have_higher_odds_and_lower_entropy(self) -> None:
+    def test_confident_answers_have_higher_odds_and_lower_entropy(self) -> None:
         uncertain, confident = exit_evidence(torch.tensor([[1.0, 0.0], [4.0, 0.0]]), SINGLE)
         assert confident[0] > uncertain[0]
         assert confident[1] < uncertain[1]
@@ -242,9 +244,10 @@ class TestGating:
     def test_soft_gates_share_the_budget_by_relevance(self) -> None:
         gate = decision(head_selection="input")
         gate.gating = Gating(mode="soft")
-        made = gate(POOLED)
-        torch.testing.assert_close(made.relevance.sum(-1), torch.ones(6, 3))
-        torch.testing.assert_close(made.gates.sum(-1), (made.budget * 4)[:, None].expand(6, 3))
+        decided = gate(POOLED)
+        expected = (decided.budget * 4)[:, None].expand(6, 3)
+        torch.testing.assert_close(decided.relevance.sum(-1), torch.ones(6, 3))
+        torch.testing.assert_close(decided.gates.sum(-1), expected)
 
     def test_soft_ranked_gates_fall_with_the_rank(self) -> None:
         gate = decision()
@@ -252,21 +255,21 @@ class TestGating:
         gates = gate(POOLED).gates
         assert (gates[..., 1:] < gates[..., :-1]).all()
 
-    def test_evaluation_is_hard_in_soft_mode_too(self) -> None:
+    def test_gates_are_hard_in_evaluation_in_soft_mode(self) -> None:
         gate = decision(head_selection="input")
         gate.gating = Gating(mode="soft")
         gates = gate.eval()(POOLED, STEPS).gates
         assert torch.equal(gates.sum(-1), STEPS[:, None].expand(6, 3).float())
 
     @pytest.mark.parametrize("temperature", [0.25, 1.0, 8.0])
-    def test_temperature_flattens_the_relevance(self, temperature: float) -> None:
+    def test_temperature_divides_the_scores(self, temperature: float) -> None:
         gate = decision(head_selection="input").eval()
         assert gate.scorer is not None
         gate.gating = Gating(temperature=temperature)
         expected = (gate.scorer(POOLED) / temperature).softmax(-1)
         torch.testing.assert_close(gate(POOLED).relevance, expected)
 
-    def test_noise_explores_while_training(self) -> None:
+    def test_noise_changes_the_heads_but_not_the_budget_in_training(self) -> None:
         gate = decision(head_selection="input")
         gate.gating = Gating(noise=2.0)
         torch.manual_seed(0)
@@ -275,39 +278,39 @@ class TestGating:
         assert not torch.equal(first.gates.round(), second.gates.round())
         assert torch.equal(first.budget, second.budget)
 
-    def test_noise_is_silent_in_evaluation(self) -> None:
+    def test_noise_has_no_effect_in_evaluation(self) -> None:
         gate = decision(head_selection="input").eval()
-        silence_transformers = gate(POOLED)
+        without_noise = gate(POOLED)
         gate.gating = Gating(noise=2.0)
-        assert torch.equal(gate(POOLED).relevance, silence_transformers.relevance)
+        assert torch.equal(gate(POOLED).relevance, without_noise.relevance)
 
-    def test_without_noise_training_repeats_itself(self) -> None:
+    def test_training_without_noise_is_repeatable(self) -> None:
         gate = decision(head_selection="input")
         assert torch.equal(gate(POOLED).relevance, gate(POOLED).relevance)
 
     @pytest.mark.parametrize("training", [True, False])
     def test_random_heads_ignore_the_scorer(self, training: bool) -> None:
-        made = decision(head_selection="input").train(training)
-        made.gating = Gating(random_heads=True)
+        gate = decision(head_selection="input").train(training)
+        gate.gating = Gating(random_heads=True)
         pooled = torch.ones(64, 16)
-        gates = (made(pooled, torch.full((64,), 2)).gates > 0.5).float()
+        gates = (gate(pooled, torch.full((64,), 2)).gates > 0.5).float()
         assert (gates.sum(-1) == 2).all()
-        # the same text 64 times: every head of every layer has its turn
+        # the same text 64 times: every head of every layer is drawn
         assert (gates.mean(0) > 0.2).all()
         assert (gates.mean(0) < 0.8).all()
 
     @pytest.mark.parametrize(("scope", "decisions"), [("input", 1), ("layer", 3)])
-    def test_is_set_for_every_decision(self, scope: str, decisions: int) -> None:
+    def test_set_gating_reaches_every_decision(self, scope: str, decisions: int) -> None:
         network = random_network(small_config(budget_scope=scope))
         gating = Gating("soft", 2.0, 0.5)
         network.set_gating(gating)
-        found = [m.gating for m in network.modules() if isinstance(m, BudgetDecision)]
-        assert found == [gating] * decisions
+        gatings = [m.gating for m in network.modules() if isinstance(m, BudgetDecision)]
+        assert gatings == [gating] * decisions
 
     def test_ranked_selection_has_no_relevance(self) -> None:
         assert decision()(POOLED).relevance is None
 
-    def test_evidence_moves_the_budget(self) -> None:
+    def test_evidence_changes_the_budget(self) -> None:
         gate = decision(embedding_exit=True)
         without = gate.budget(POOLED)
         assert torch.equal(gate.budget(POOLED, torch.zeros(6, 2)), without)
@@ -317,7 +320,7 @@ class TestGating:
 class TestFixedShare:
     @pytest.mark.parametrize(("share", "heads"), [(0.1, 1), (0.3, 2), (0.5001, 3), (1.0, 4)])
     @pytest.mark.parametrize("scope", ["input", "layer"])
-    def test_every_input_gets_it(self, scope: str, share: float, heads: int) -> None:
+    def test_every_input_has_the_fixed_share(self, scope: str, share: float, heads: int) -> None:
         model = random_network(small_config(budget_scope=scope))
         for module in model.modules():
             if isinstance(module, BudgetController):
@@ -330,7 +333,7 @@ class TestFixedShare:
         )
         assert (output.gates.sum(-1) == heads).all()
 
-    def test_learns_no_more(self) -> None:
+    def test_a_fixed_controller_is_not_trained(self) -> None:
         controller = BudgetController(4, 3)
         controller.fix(0.4)
         assert not any(parameter.requires_grad for parameter in controller.parameters())
@@ -339,7 +342,9 @@ class TestFixedShare:
 class TestForward:
     @pytest.mark.parametrize(("scope", "budgets"), [("input", 1), ("layer", 3)])
     @pytest.mark.parametrize("selection", ["input", "ranked"])
-    def test_shapes(self, scope: str, budgets: int, selection: str) -> None:
+    def test_outputs_have_the_documented_shapes(
+        self, scope: str, budgets: int, selection: str
+    ) -> None:
         network = random_network(small_config(budget_scope=scope, head_selection=selection))
         with torch.no_grad():
             output = network(**pad(random_items([5, 7])))
@@ -356,7 +361,7 @@ class TestForward:
         assert encoded.pooled.shape == (2, 16)
 
     @torch.no_grad()
-    def test_without_mask_and_segments_all_is_text(self) -> None:
+    def test_mask_and_segments_default_to_ones_and_zeros(self) -> None:
         network = random_network(small_config())
         ids = torch.tensor([[3, 4, 5]])
         ones, zeros = torch.ones_like(ids), torch.zeros_like(ids)
@@ -364,14 +369,14 @@ class TestForward:
         assert torch.equal(plain, network(ids, ones, zeros, steps=2).logits)
 
     @torch.no_grad()
-    def test_one_step_for_all_is_that_step_for_each(self) -> None:
+    def test_a_single_step_holds_for_every_item(self) -> None:
         network = random_network(small_config())
         batch = pad(random_items([3, 6]))
         each = network(**batch, steps=torch.tensor([2, 2])).logits
         assert torch.equal(network(**batch, steps=2).logits, each)
 
     @torch.no_grad()
-    def test_gates_take_the_place_of_the_decision(self) -> None:
+    def test_given_gates_replace_the_decision(self) -> None:
         network = random_network(small_config())
         batch = pad(random_items([3, 6]))
         gates = torch.zeros(2, 3, 4)
@@ -392,7 +397,7 @@ class TestForward:
             assert tensor.isfinite().all()
 
     @pytest.mark.parametrize("length", [POSITIONS + 1, 10 * POSITIONS])
-    def test_too_many_tokens(self, length: int) -> None:
+    def test_items_longer_than_the_positions_are_refused(self, length: int) -> None:
         network = random_network(small_config())
         with pytest.raises(
             ValueError, match=f"{length} tokens, but the network has only {POSITIONS} positions"
@@ -400,13 +405,13 @@ class TestForward:
             network(torch.ones(1, length, dtype=torch.long))
 
     @torch.no_grad()
-    def test_as_many_tokens_as_positions(self) -> None:
+    def test_an_item_may_fill_all_positions(self) -> None:
         network = random_network(small_config())
         assert network(torch.ones(1, POSITIONS, dtype=torch.long)).logits.isfinite().all()
 
     @pytest.mark.parametrize("scope", ["input", "layer"])
     @torch.no_grad()
-    def test_padding_changes_nothing(self, scope: str) -> None:
+    def test_padding_does_not_change_answers(self, scope: str) -> None:
         network = random_network(small_config(budget_scope=scope, head_selection="input"))
         short = random_items([4])
         alone = network(**pad(short))
@@ -415,7 +420,7 @@ class TestForward:
         assert torch.equal(padded.gates[:1], alone.gates)
 
     @torch.no_grad()
-    def test_pooling_reads_the_first_token_or_all(self) -> None:
+    def test_pooling_is_the_first_state_or_the_mean(self) -> None:
         batch = pad(random_items([5, 3]))
         for pooling in ("mean", "cls"):
             encoded = random_network(small_config(pooling=pooling)).encoder(**batch)
@@ -424,7 +429,7 @@ class TestForward:
             assert torch.equal(encoded.pooled, expected)
 
     @torch.no_grad()
-    def test_a_layer_without_heads_passes_states_on(self) -> None:
+    def test_layers_without_heads_keep_the_embeddings(self) -> None:
         network = random_network(small_config(ladder=[[0, 0, 0], [4, 4, 4]]))
         batch = pad(random_items([5]))
         states = network.encoder(**batch, steps=1).last_hidden_state
@@ -432,15 +437,15 @@ class TestForward:
         assert torch.equal(states, embedded)
 
     @torch.no_grad()
-    def test_gates_switch_the_neurons_only_when_coupled(self) -> None:
+    def test_gates_apply_to_neurons_only_if_coupled(self) -> None:
         for coupled in (True, False):
             network = random_network(small_config(budget_ffn=coupled, num_hidden_layers=1))
-            gated, whole = (
+            gated, ungated = (
                 PrefixWeights(network.encoder.layers[0], 4, None, torch.tensor([gates]))
                 for gates in ([1.0, 0.0, 1.0, 1.0], [1.0] * 4)
             )
-            neurons = whole.up(torch.randn(1, 2, 16))
-            assert torch.equal(gated.down(neurons), whole.down(neurons)) != coupled
+            neurons = ungated.up(torch.randn(1, 2, 16))
+            assert torch.equal(gated.down(neurons), ungated.down(neurons)) != coupled
 
 
 class TestStepZero:
@@ -454,43 +459,43 @@ class TestStepZero:
         assert output.gates.sum().item() == 0
 
     @torch.no_grad()
-    def test_mixes_with_other_steps(self) -> None:
+    def test_items_of_one_batch_may_use_step_0_or_others(self) -> None:
         network, batch = self.network(), pad(random_items([5, 5, 5]))
         mixed = network(**batch, steps=torch.tensor([0, 3, 0]))
         assert torch.equal(mixed.logits[[0, 2]], mixed.exit_logits[[0, 2]])
         assert_close(mixed.logits[1], network(**batch, steps=3).logits[1])
 
     @torch.no_grad()
-    def test_weighs_in_on_later_steps(self) -> None:
+    def test_exit_logits_are_added_at_later_steps(self) -> None:
         network, batch = self.network(), pad(random_items([5, 2]))
-        weighed = network(**batch, steps=2)
+        weighted = network(**batch, steps=2)
         network.config.exit_weight = 0.0
-        bare = network(**batch, steps=2)
-        assert_close(weighed.logits, bare.logits + 0.7 * bare.exit_logits)
+        unweighted = network(**batch, steps=2)
+        assert_close(weighted.logits, unweighted.logits + 0.7 * unweighted.exit_logits)
 
     @torch.no_grad()
-    def test_may_weigh_in_differently_at_each_step(self) -> None:
+    def test_exit_weight_may_differ_by_step(self) -> None:
         network, batch = self.network(), pad(random_items([5, 2]))
         network.config.exit_weight = [0.1, 0.2, 0.3, 0.4]
         steps = torch.tensor([1, 3])
-        weighed = network(**batch, steps=steps)
+        weighted = network(**batch, steps=steps)
         network.config.exit_weight = 0.0
-        bare = network(**batch, steps=steps)
-        expected = bare.logits + torch.tensor([[0.1], [0.3]]) * bare.exit_logits
-        assert_close(weighed.logits, expected)
+        unweighted = network(**batch, steps=steps)
+        expected = unweighted.logits + torch.tensor([[0.1], [0.3]]) * unweighted.exit_logits
+        assert_close(weighted.logits, expected)
 
     @torch.no_grad()
-    def test_weighs_the_encoder_at_each_step_and_leaves_step_0_as_it_is(self) -> None:
+    def test_encoder_weight_applies_to_later_steps_only(self) -> None:
         network, batch = self.network(), pad(random_items([5, 2, 4]))
         steps = torch.tensor([0, 1, 3])
         network.config.exit_weight = 0.0
-        bare = network(**batch, steps=steps)
+        unweighted = network(**batch, steps=steps)
         network.config.encoder_weight = [0.5, 1.0, 0.25, 1.0]
-        weighed = network(**batch, steps=steps)
-        assert_close(weighed.logits, bare.logits * torch.tensor([[1.0], [0.5], [0.25]]))
+        weighted = network(**batch, steps=steps)
+        assert_close(weighted.logits, unweighted.logits * torch.tensor([[1.0], [0.5], [0.25]]))
 
     @torch.no_grad()
-    def test_is_a_sum_over_the_root_of_the_number_of_tokens(self) -> None:
+    def test_is_the_sum_divided_by_the_root_of_the_tokens(self) -> None:
         network = self.network()
         head = network.exit_head
         assert head is not None
@@ -500,7 +505,7 @@ class TestStepZero:
         torch.testing.assert_close(actual[0], expected)
 
     @torch.no_grad()
-    def test_neighbours_count_like_tokens(self) -> None:
+    def test_pairs_of_neighbours_are_summed_like_tokens(self) -> None:
         network = random_network(small_config(embedding_exit=True, exit_buckets=11))
         head = network.exit_head
         assert head is not None
@@ -516,7 +521,7 @@ class TestStepZero:
         torch.testing.assert_close(actual[0], expected)
 
     @torch.no_grad()
-    def test_short_vectors_go_through_one_map(self) -> None:
+    def test_low_rank_vectors_are_mapped_to_logits(self) -> None:
         network = random_network(small_config(embedding_exit=True, exit_rank=2))
         head = network.exit_head
         assert head is not None
@@ -525,22 +530,22 @@ class TestStepZero:
         actual = head(torch.tensor([[3, 4]]), torch.ones(1, 2, dtype=torch.long))
         torch.testing.assert_close(actual[0], expected)
 
-    def test_order_matters_with_neighbours_only(self) -> None:
+    def test_word_order_matters_only_with_pairs_of_neighbours(self) -> None:
         mask = torch.ones(1, 3, dtype=torch.long)
-        there, back = torch.tensor([[3, 4, 5]]), torch.tensor([[5, 4, 3]])
+        forwards, backwards = torch.tensor([[3, 4, 5]]), torch.tensor([[5, 4, 3]])
         for buckets, same in ((0, True), (101, False)):
             head = random_network(small_config(embedding_exit=True, exit_buckets=buckets)).exit_head
             assert head is not None
-            assert torch.allclose(head(there, mask), head(back, mask)) == same
+            assert torch.allclose(head(forwards, mask), head(backwards, mask)) == same
 
     @torch.no_grad()
-    def test_of_nothing_is_the_bias(self) -> None:
+    def test_without_tokens_is_the_bias(self) -> None:
         head = self.network().exit_head
         assert head is not None
         answer = head(torch.tensor([[3, 4]]), torch.zeros(1, 2, dtype=torch.long))
         assert torch.equal(answer[0], head.bias)
 
-    def test_absent_unless_asked_for(self) -> None:
+    def test_does_not_exist_by_default(self) -> None:
         assert random_network(small_config()).exit_head is None
 
 
@@ -561,7 +566,7 @@ class TestLoss:
 
     @pytest.mark.parametrize("norm", ["post", "pre"])
     @pytest.mark.parametrize("scope", ["input", "layer"])
-    def test_every_weight_of_encoder_and_scorer_learns(self, norm: str, scope: str) -> None:
+    def test_every_weight_but_the_controllers_gets_a_gradient(self, norm: str, scope: str) -> None:
         config = small_config(
             norm_position=norm,
             budget_scope=scope,
@@ -571,20 +576,20 @@ class TestLoss:
         )
         network = random_network(config).train()
         network(**pad(random_items([5, 7])), labels=torch.tensor([0, 2]), steps=4).loss.backward()
-        idle = {
+        without_gradient = {
             name
             for name, parameter in network.named_parameters()
             if parameter.grad is None or not parameter.grad.any()
         }
-        # The steps were given, so f_o had no say and learns nothing.
-        assert {name for name in idle if ".controller." not in name} == set()
+        # The steps were given, so f_o did not take part.
+        assert {name for name in without_gradient if ".controller." not in name} == set()
 
 
 class TestSaving:
     @PROPERTY
     @given(networks(), batches())
     @torch.no_grad()
-    def test_state_carries_the_function(
+    def test_a_network_with_the_same_state_gives_the_same_answers(
         self, network: BudgetFormerForSequenceClassification, items: list[Item]
     ) -> None:
         twin = BudgetFormerForSequenceClassification(copy.deepcopy(network.config)).eval()
@@ -601,18 +606,20 @@ class TestSaving:
         ],
     )
     @torch.no_grad()
-    def test_classifier_survives_its_folder(self, tmp_path: Path, changes: dict[str, Any]) -> None:
+    def test_a_saved_classifier_is_loaded_unchanged(
+        self, tmp_path: Path, changes: dict[str, Any]
+    ) -> None:
         network = random_network(small_config(**changes))
         network.save_pretrained(tmp_path)
-        again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
-        assert isinstance(again, BudgetFormerForSequenceClassification)
-        assert not again.training
+        loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+        assert isinstance(loaded, BudgetFormerForSequenceClassification)
+        assert not loaded.training
         batch = pad(random_items([5, 9]))
-        assert torch.equal(again(**batch).logits, network(**batch).logits)
+        assert torch.equal(loaded(**batch).logits, network(**batch).logits)
         assert (tmp_path / "model.safetensors").is_file()
 
     @torch.no_grad()
-    def test_encoder_loads_from_the_classifier_folder(self, tmp_path: Path) -> None:
+    def test_the_encoder_loads_from_the_folder_of_a_classifier(self, tmp_path: Path) -> None:
         network = random_network(small_config())
         network.save_pretrained(tmp_path)
         encoder = AutoModel.from_pretrained(tmp_path)
@@ -620,36 +627,36 @@ class TestSaving:
         batch = pad(random_items([5, 9]))
         assert torch.equal(encoder(**batch).pooled, network.encoder(**batch).pooled)
 
-    def test_encoder_survives_its_folder(self, tmp_path: Path) -> None:
+    def test_a_saved_encoder_is_loaded_unchanged(self, tmp_path: Path) -> None:
         encoder = random_network(small_config()).encoder
         encoder.save_pretrained(tmp_path)
-        again = AutoModel.from_pretrained(tmp_path)
+        loaded = AutoModel.from_pretrained(tmp_path)
         for name, tensor in encoder.state_dict().items():
-            assert torch.equal(again.state_dict()[name], tensor)
+            assert torch.equal(loaded.state_dict()[name], tensor)
 
-    def test_label_names_survive(self, tmp_path: Path) -> None:
+    def test_label_names_are_saved(self, tmp_path: Path) -> None:
         names = {0: "World", 1: "Sports"}
         config = small_config(
             num_labels=2, id2label=names, label2id={v: k for k, v in names.items()}
         )
         random_network(config).save_pretrained(tmp_path)
-        again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
-        assert again.config.id2label == names
+        loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+        assert loaded.config.id2label == names
 
-    def test_built_from_a_configuration(self) -> None:
+    def test_auto_classes_build_networks_from_a_configuration(self) -> None:
         config = small_config()
         assert isinstance(AutoModel.from_config(config), BudgetFormerModel)
         built = AutoModelForSequenceClassification.from_config(config)
         assert isinstance(built, BudgetFormerForSequenceClassification)
 
-    def test_initial_weights_follow_the_seed(self) -> None:
+    def test_initial_weights_depend_on_the_seed_only(self) -> None:
         built: list[dict[str, Tensor]] = []
         for _ in range(2):
             torch.manual_seed(5)
             built.append(BudgetFormerForSequenceClassification(small_config()).state_dict())
         assert all(torch.equal(built[0][name], built[1][name]) for name in built[0])
 
-    def test_initial_spread_is_the_configured_one(self) -> None:
+    def test_initial_weights_have_the_configured_range(self) -> None:
         torch.manual_seed(0)
         config = small_config(hidden_size=64, intermediate_size=64, initializer_range=0.3)
         layer = BudgetFormerForSequenceClassification(config).encoder.layers[0]
@@ -667,17 +674,17 @@ class TestSaving:
 
 class TestPackage:
     @pytest.mark.parametrize(
-        ("name", "home"),
+        ("name", "cls"),
         [
             ("BudgetFormerConfig", BudgetFormerConfig),
             ("BudgetFormerModel", BudgetFormerModel),
             ("BudgetFormerForSequenceClassification", BudgetFormerForSequenceClassification),
         ],
     )
-    def test_offers_its_names(self, name: str, home: type) -> None:
-        assert getattr(budgetformer, name) is home
+    def test_exports_the_model_classes(self, name: str, cls: type) -> None:
+        assert getattr(budgetformer, name) is cls
         assert name in budgetformer.__all__
 
-    def test_offers_nothing_else(self) -> None:
+    def test_an_unknown_name_is_an_attribute_error(self) -> None:
         with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
             _ = budgetformer.Nothing

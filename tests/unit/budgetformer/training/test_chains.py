@@ -1,4 +1,4 @@
-"""The search over chains, by look-up, against rules that are followed one text at a time."""
+"""The vectorized search over chains agrees with rules applied to one text at a time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STEPS = 5
 
 
 def random_steps(texts: int, seed: int, count: int = STEPS) -> Steps:
-    """Return steps that are worth more, and cost more, the larger they are."""
+    """Return steps whose value and cost rise with their number."""
     random = np.random.default_rng(seed)
     skill = np.linspace(0.5, 0.9, count + 1)[:, None]
     confidence = random.uniform(0.2, 1.0, (count + 1, texts))
@@ -41,7 +41,7 @@ def routes(draw: st.DrawFn) -> Route:
 
 @PROPERTY
 @given(routes(), st.floats(0, 1), st.integers(0, 1000))
-def test_a_route_takes_each_text_where_its_rule_does(
+def test_a_route_ends_where_its_rule_ends_for_each_text(
     route: Route, threshold: float, seed: int
 ) -> None:
     steps = random_steps(12, seed)
@@ -68,10 +68,8 @@ def test_a_route_takes_each_text_where_its_rule_does(
         assert cost[text] == pytest.approx(spent, rel=1e-5)
 
 
-def test_no_other_way_is_better_than_the_one_that_was_found(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Of the thresholds and the parts of s that the search knows, it finds the best."""
+def test_the_search_finds_the_best_route(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among its thresholds and its divisions of s, no route scores higher."""
     monkeypatch.setattr("budgetformer.training.chains.NOISE", 0.0)
     monkeypatch.setattr("budgetformer.training.chains.CHUNK", 64)
     monkeypatch.setattr("budgetformer.training.chains.BINS", 4)
@@ -85,18 +83,18 @@ def test_no_other_way_is_better_than_the_one_that_was_found(
         value_and_cost = [route.value_and_cost(steps, float(t)) for t in steps.thresholds]
         return max(float(goal.score(v.mean(), c.mean())) for v, c in value_and_cost)
 
-    ours = best(found)
+    best_found = best(found)
     for option in options:
         links = [step for step in option if step] or [0]
         for cut in parts:
             for low, high in pairwise([links[0], *links]):
                 bands = (EntryBand(upto=cut, step=low), EntryBand(upto=1, step=high))
                 if cut == 1.0 or cut in {band.upto for band in found.entry}:
-                    assert best(Route(option, bands)) <= ours + 1e-6
+                    assert best(Route(option, bands)) <= best_found + 1e-6
 
 
-def test_step_0_answers_less_where_a_cheap_step_would_know_more() -> None:
-    """One threshold for all steps lets step 0 answer texts that cost little to answer better."""
+def test_an_exit_margin_is_used_if_a_cheap_step_is_better_than_step_0() -> None:
+    """With one threshold for all steps, step 0 answers texts that a cheap step answers better."""
     easy = np.linspace(0, 1, 2000)
     confidence = np.stack([low + (1 - low) * easy for low in (0.3, 0.6, 0.99)])
     cost = np.repeat(np.array([[0.0], [0.05], [1.0]]), len(easy), axis=1)
@@ -107,44 +105,44 @@ def test_step_0_answers_less_where_a_cheap_step_would_know_more() -> None:
     found, plain = search(steps, options, goals), search(steps, options, goals, margins=[0.0])
     assert found.exit_margin > 0
 
-    def reached(route: Route) -> float:
+    def value_at_goal(route: Route) -> float:
         curve = Curve.of(route, steps)
         return float(route.value_and_cost(steps, curve.threshold(goals[0]))[0].mean())
 
-    assert reached(found) > reached(plain) + 0.01
+    assert value_at_goal(found) > value_at_goal(plain) + 0.01
 
 
-def test_chains_fit_and_begin_with_step_0_where_there_is_one() -> None:
+def test_chains_fit_in_a_full_pass_and_begin_with_step_0_if_it_exists() -> None:
     with_step_0 = chains(small_config(embedding_exit=True))
     assert with_step_0 == [(0,), (0, 1), (0, 2), (0, 3), (0, 4), (0, 1, 2)]
     assert chains(small_config()) == [(1,), (2,), (3,), (4,), (1, 2)]
 
 
-def test_of_steps_that_compute_the_same_heads_one_is_used() -> None:
+def test_chains_use_one_of_several_equal_steps() -> None:
     ladder = [[1, 0, 0], [1, 0, 0], [4, 4, 4]]
     assert chains(small_config(ladder=ladder)) == [(1,), (3,)]
 
 
-def test_the_whole_feed_forward_net_leaves_room_for_one_pass_only() -> None:
+def test_without_coupled_neurons_chains_have_one_step() -> None:
     assert chains(small_config(budget_ffn=False)) == [(1,), (2,), (3,), (4,)]
 
 
 @pytest.mark.parametrize(
-    ("goal", "place"),
+    ("goal", "best"),
     [
         (Goal(cost=0.3), 1),
-        (Goal(cost=0.05), 0),  # all cost more: the least
+        (Goal(cost=0.05), 0),  # all cost more, so the cheapest
         (Goal(), 3),
         (Goal(value=0.85), 2),
-        (Goal(value=0.99), 3),  # none is worth so much: the most
+        (Goal(value=0.99), 3),  # none reaches the value, so the highest
     ],
 )
-def test_a_goal_is_a_cap_on_cost_or_a_floor_under_value(goal: Goal, place: int) -> None:
+def test_a_goal_is_an_upper_limit_on_cost_or_a_lower_limit_on_value(goal: Goal, best: int) -> None:
     value, cost = np.array([0.7, 0.8, 0.9, 0.95]), np.array([0.1, 0.2, 0.4, 0.8])
-    assert int(goal.score(value, cost).argmax()) == place
+    assert int(goal.score(value, cost).argmax()) == best
 
 
-def test_a_little_more_value_is_no_reason_to_pay_more() -> None:
+def test_a_gain_within_the_noise_does_not_justify_a_higher_cost() -> None:
     route = Route((1,), (EntryBand(upto=1, step=1),))
     values, costs = np.array([0.9, 0.9004, 0.92]), np.array([0.1, 0.2, 0.3])
     thresholds = np.array([0.0, 0.5, 1.0])

@@ -1,3 +1,5 @@
+"""Data sets: labels and their names, errors, tokenization, batches and samples."""
+
 from __future__ import annotations
 
 import json
@@ -64,7 +66,7 @@ def write(folder: Path, kind: str, rows: Rows) -> Path:
 
 
 class TestReading:
-    def test_texts_and_labels(self, tmp_path: Path, kind: str) -> None:
+    def test_texts_and_labels_are_read(self, tmp_path: Path, kind: str) -> None:
         examples = read_examples(write(tmp_path, kind, GREETINGS))
         assert examples.texts == [row["text"] for row in GREETINGS]
         assert examples.names == ["bye", "hello"]
@@ -73,24 +75,24 @@ class TestReading:
         assert not examples.multi_label
         assert len(examples) == 3
 
-    def test_class_ids(self, tmp_path: Path, kind: str) -> None:
+    def test_class_ids_may_be_integers(self, tmp_path: Path, kind: str) -> None:
         ids = [2, *range(11), 0]
         rows = [{"text": f"text {i}", "label": i} for i in ids]
         examples = read_examples(write(tmp_path, kind, rows))
         assert examples.labels.tolist() == ids
         assert examples.names == [str(i) for i in range(11)]
 
-    def test_pairs(self, tmp_path: Path, kind: str) -> None:
+    def test_pairs_are_read(self, tmp_path: Path, kind: str) -> None:
         rows = [{"text": "A dog runs.", "text_pair": "An animal moves.", "label": "yes"}]
         examples = read_examples(write(tmp_path, kind, rows))
         assert examples.pairs == ["An animal moves."]
 
-    def test_other_columns_are_left_alone(self, tmp_path: Path, kind: str) -> None:
+    def test_other_columns_are_ignored(self, tmp_path: Path, kind: str) -> None:
         rows = [{"id": 7, "text": "One.", "label": "a", "source": "here"}]
         assert read_examples(write(tmp_path, kind, rows)).texts == ["One."]
 
     @pytest.mark.parametrize("many_kind", ["parquet", "jsonl"])
-    def test_several_names_per_text(self, tmp_path: Path, many_kind: str) -> None:
+    def test_a_text_may_have_several_label_names(self, tmp_path: Path, many_kind: str) -> None:
         rows = [
             {"text": "one", "label": ["sad", "long"]},
             {"text": "two", "label": []},
@@ -102,56 +104,60 @@ class TestReading:
         assert examples.labels.tolist() == [[0, 1, 1], [0, 0, 0], [1, 0, 0]]
 
     @pytest.mark.parametrize("many_kind", ["parquet", "jsonl"])
-    def test_several_ids_per_text(self, tmp_path: Path, many_kind: str) -> None:
+    def test_a_text_may_have_several_class_ids(self, tmp_path: Path, many_kind: str) -> None:
         rows = [{"text": "one", "label": [0, 2]}, {"text": "two", "label": [1]}]
         examples = read_examples(write(tmp_path, many_kind, rows))
         assert examples.labels.tolist() == [[1, 0, 1], [0, 1, 0]]
 
-    def test_given_names_decide_the_order(self, tmp_path: Path, kind: str) -> None:
+    def test_given_names_define_the_order(self, tmp_path: Path, kind: str) -> None:
         path = write(tmp_path, kind, GREETINGS)
         examples = read_examples(path, ["hello", "bye", "thanks"])
         assert examples.names == ["hello", "bye", "thanks"]
         assert examples.labels.tolist() == [0, 1, 0]
 
-    def test_given_names_for_ids(self, tmp_path: Path, kind: str) -> None:
+    def test_class_ids_get_the_given_names(self, tmp_path: Path, kind: str) -> None:
         path = write(tmp_path, kind, [{"text": "x", "label": 1}])
         assert read_examples(path, ["no", "yes"]).names == ["no", "yes"]
 
-    def test_names_beside_the_file(self, tmp_path: Path, kind: str) -> None:
+    def test_labels_json_defines_the_order(self, tmp_path: Path, kind: str) -> None:
         (tmp_path / "labels.json").write_text('["hello", "bye"]')
         examples = read_examples(write(tmp_path, kind, GREETINGS))
         assert examples.names == ["hello", "bye"]
         assert examples.labels.tolist() == [0, 1, 0]
 
     @pytest.mark.parametrize("label", ["0101", "007", "True", "1.0", "null", "NA", "1e3", "+1"])
-    def test_csv_labels_stay_as_written(self, tmp_path: Path, label: str) -> None:
+    def test_csv_labels_are_read_as_strings(self, tmp_path: Path, label: str) -> None:
         path = tmp_path / "rows.csv"
         path.write_text(f"text,label\n1,{label}\n2,{label}\n3,x\n")
         examples = read_examples(path)
         assert [examples.names[i] for i in examples.labels] == [label, label, "x"]
         assert examples.texts == ["1", "2", "3"]
 
-    def test_names_beside_the_file_for_ids(self, tmp_path: Path, kind: str) -> None:
+    def test_class_ids_get_the_names_of_labels_json(self, tmp_path: Path, kind: str) -> None:
         (tmp_path / "labels.json").write_text('["no", "yes", "maybe"]', encoding="utf-8-sig")
         path = write(tmp_path, kind, [{"text": "x", "label": i} for i in (1, 0, 1)])
         examples = read_examples(path)
         assert examples.names == ["no", "yes", "maybe"]
         assert examples.labels.tolist() == [1, 0, 1]
 
-    def test_a_models_order_of_names_moves_ids(self, tmp_path: Path, kind: str) -> None:
+    def test_class_ids_are_converted_to_the_order_of_the_model(
+        self, tmp_path: Path, kind: str
+    ) -> None:
         (tmp_path / "labels.json").write_text('["no", "yes"]')
         path = write(tmp_path, kind, [{"text": "x", "label": i} for i in (1, 0, 1)])
         assert read_examples(path, ["yes", "no"]).labels.tolist() == [0, 1, 0]
         with pytest.raises(DataError, match="row 1: unknown label 'yes'"):
             read_examples(path, ["ja", "nein"])
 
-    def test_digits_are_names_where_a_class_is_a_number(self, tmp_path: Path) -> None:
+    def test_digits_are_names_if_the_class_names_are_digits(self, tmp_path: Path) -> None:
         path = write(tmp_path, "csv", [{"text": "x", "label": label} for label in ("1", "5")])
         assert read_examples(path, ["1", "5"]).labels.tolist() == [0, 1]
         with pytest.raises(DataError, match="row 1: unknown label '1'; known labels: '0101'"):
             read_examples(path, ["0101", "8471"])
 
-    def test_names_of_an_encoder_for_ids_that_fit(self, tmp_path: Path, kind: str) -> None:
+    def test_class_ids_get_the_names_of_the_encoder_if_all_have_one(
+        self, tmp_path: Path, kind: str
+    ) -> None:
         def names(*labels: Any) -> list[str]:
             path = write(tmp_path, kind, [{"text": "x", "label": label} for label in labels])
             return read_examples(path, encoder_names=["neg", "pos"]).names
@@ -160,7 +166,7 @@ class TestReading:
         assert names(0, 1, 2) == ["0", "1", "2"]
         assert names("b", "a") == ["a", "b"]
 
-    def test_names_in_parquet_metadata(self, tmp_path: Path) -> None:
+    def test_label_names_in_parquet_metadata_are_used(self, tmp_path: Path) -> None:
         features = {"label": {"names": ["neg", "pos"], "_type": "ClassLabel"}}
         stored = {"huggingface": json.dumps({"info": {"features": features}})}
         table = pa.table({"text": ["a", "b"], "label": [1, 0]}).replace_schema_metadata(stored)
@@ -173,7 +179,9 @@ class TestReading:
             read_examples(path)
 
     @pytest.mark.parametrize("many_kind", ["parquet", "jsonl"])
-    def test_what_a_model_expects(self, tmp_path: Path, many_kind: str) -> None:
+    def test_single_labels_become_lists_for_multi_label_models_but_not_the_reverse(
+        self, tmp_path: Path, many_kind: str
+    ) -> None:
         rows = [{"text": "one", "label": "a"}, {"text": "two", "label": "b"}]
         path = write(tmp_path, many_kind, rows)
         found = read_examples(path, ["b", "a"], multi_label=True).labels.tolist()
@@ -182,36 +190,36 @@ class TestReading:
         with pytest.raises(DataError, match="row 1.*a list of labels, but each text must have one"):
             read_examples(path, ["a", "b"], multi_label=False)
 
-    def test_given_names_win_over_the_file_beside(self, tmp_path: Path) -> None:
+    def test_given_names_override_labels_json(self, tmp_path: Path) -> None:
         (tmp_path / "labels.json").write_text('["hello", "bye"]')
         examples = read_examples(write(tmp_path, "jsonl", GREETINGS), ["bye", "hello"])
         assert examples.names == ["bye", "hello"]
 
     @pytest.mark.parametrize("suffix", [".ndjson", ".JSONL"])
-    def test_other_spellings_of_jsonl(self, tmp_path: Path, suffix: str) -> None:
+    def test_ndjson_and_upper_case_suffixes_are_jsonl(self, tmp_path: Path, suffix: str) -> None:
         path = tmp_path / f"rows{suffix}"
         write_jsonl(path, GREETINGS)
         assert len(read_examples(path)) == 3
 
-    def test_text_of_any_script(self, tmp_path: Path, kind: str) -> None:
+    def test_texts_of_any_script_are_read(self, tmp_path: Path, kind: str) -> None:
         texts = ["Ünïcödé — “quotes”", "日本語のテキスト", "🙂 emoji", "tab\there"]
         path = write(tmp_path, kind, [{"text": text, "label": "a"} for text in texts])
         assert read_examples(path).texts == texts
 
-    def test_subset_keeps_the_rows_asked_for(self) -> None:
+    def test_subset_has_the_given_rows(self) -> None:
         examples = Examples(["a", "b", "c"], ["x", "y", "z"], np.array([0, 1, 2]), ["p", "q", "r"])
         some = examples.subset([2, 0])
         assert (some.texts, some.pairs, some.labels.tolist()) == (["c", "a"], ["z", "x"], [2, 0])
         assert some.names == examples.names
 
-    def test_subset_by_array_without_pairs(self) -> None:
+    def test_subset_accepts_an_array(self) -> None:
         some = topic_examples().subset(np.array([5, 3]))
         assert some.pairs is None
         assert some.labels.tolist() == [2, 0]
 
 
 class TestClasses:
-    """What is refused and reported before training."""
+    """Checks of the labels before training."""
 
     def check(self, names: list[str], labels: list[Any]) -> list[str]:
         return check_classes(Path("train.csv"), names, np.array(labels))
@@ -219,19 +227,19 @@ class TestClasses:
     @pytest.mark.parametrize(
         ("labels", "shown"), [([1, 1, 1], "'b'"), ([[1, 1], [1, 1]], "'a', 'b'")]
     )
-    def test_one_label(self, labels: list[Any], shown: str) -> None:
+    def test_a_single_label_is_refused(self, labels: list[Any], shown: str) -> None:
         with pytest.raises(DataError, match=rf"train\.csv: every row has the label {shown}; "):
             self.check(["a", "b"], labels)
 
     @pytest.mark.parametrize("many", [False, True])
-    def test_as_many_labels_as_rows(self, many: bool) -> None:
+    def test_as_many_labels_as_rows_are_refused(self, many: bool) -> None:
         labels = np.eye(50, dtype=int).tolist() if many else list(range(50))
         with pytest.raises(DataError, match="50 different labels in 50 rows"):
             self.check([f"n{i}" for i in range(50)], labels)
 
-    def test_report(self) -> None:
-        told = self.check(["a", "A ", "b", "c"], [0, 0, 0, 1, 1, 1, 2])
-        assert told == [
+    def test_unusual_labels_are_reported(self) -> None:
+        lines = self.check(["a", "A ", "b", "c"], [0, 0, 0, 1, 1, 1, 2])
+        assert lines == [
             "7 rows, 4 labels: 'a', 'A ', 'b', 'c'",
             "labels with no row: 'c'",
             "labels with one row only: 'b'",
@@ -251,32 +259,36 @@ class TestErrors:
             ([{"sentence": "one", "label": "a"}], "no column 'text'"),
         ],
     )
-    def test_missing_column(self, tmp_path: Path, kind: str, rows: Rows, message: str) -> None:
+    def test_a_missing_column_is_refused(
+        self, tmp_path: Path, kind: str, rows: Rows, message: str
+    ) -> None:
         path = write(tmp_path, kind, rows)
         with pytest.raises(DataError, match=message) as caught:
             read_examples(path)
         assert str(path) in str(caught.value)
 
     @pytest.mark.parametrize("null_kind", ["parquet", "jsonl"])
-    def test_null_text(self, tmp_path: Path, null_kind: str) -> None:
+    def test_a_null_text_is_refused(self, tmp_path: Path, null_kind: str) -> None:
         rows = [{"text": "one", "label": "a"}, {"text": None, "label": "a"}]
         with pytest.raises(DataError, match="row 2.*column 'text' holds null"):
             read_examples(write(tmp_path, null_kind, rows))
 
     @pytest.mark.parametrize("label", ["c", "A", "a ", "0"])
-    def test_unknown_name(self, tmp_path: Path, kind: str, label: str) -> None:
+    def test_an_unknown_label_is_refused(self, tmp_path: Path, kind: str, label: str) -> None:
         rows = [{"text": "one", "label": "a"}, {"text": "two", "label": label}]
         with pytest.raises(DataError, match=f"row 2: unknown label '{label}'; known labels: "):
             read_examples(write(tmp_path, kind, rows), ["a", "b"])
 
     @pytest.mark.parametrize("label", [2, -1, 99])
-    def test_unknown_id(self, tmp_path: Path, kind: str, label: int) -> None:
+    def test_an_unknown_class_id_is_refused(self, tmp_path: Path, kind: str, label: int) -> None:
         rows = [{"text": "one", "label": 1}, {"text": "two", "label": label}]
         with pytest.raises(DataError, match=f"row 2: unknown label '?{label}"):
             read_examples(write(tmp_path, kind, rows), ["a", "b"])
 
     @pytest.mark.parametrize("many_kind", ["parquet", "jsonl"])
-    def test_unknown_name_among_several(self, tmp_path: Path, many_kind: str) -> None:
+    def test_an_unknown_label_among_several_is_refused(
+        self, tmp_path: Path, many_kind: str
+    ) -> None:
         rows = [{"text": "one", "label": ["a"]}, {"text": "two", "label": ["a", "z"]}]
         with pytest.raises(DataError, match="row 2: unknown label 'z'"):
             read_examples(write(tmp_path, many_kind, rows), ["a", "b"])
@@ -296,7 +308,7 @@ class TestErrors:
         ],
     )
     @pytest.mark.parametrize("names", [None, ["a", "b"]])
-    def test_unusable_label(
+    def test_an_invalid_label_is_refused(
         self, tmp_path: Path, label: Any, message: str, names: list[str] | None
     ) -> None:
         rows = [{"text": "one", "label": "a"}, {"text": "two", "label": label}]
@@ -314,7 +326,9 @@ class TestErrors:
             ([["a"]], "the label is a list"),
         ],
     )
-    def test_unusable_labels_of_a_row(self, tmp_path: Path, label: Any, message: str) -> None:
+    def test_an_invalid_list_of_labels_is_refused(
+        self, tmp_path: Path, label: Any, message: str
+    ) -> None:
         rows = [{"text": "one", "label": ["a"]}, {"text": "two", "label": label}]
         with pytest.raises(DataError, match=f"row 2 .*: {message}"):
             read_examples(write(tmp_path, "jsonl", rows))
@@ -329,7 +343,7 @@ class TestErrors:
         ],
     )
     @pytest.mark.parametrize("id_kind", ["parquet", "jsonl"])
-    def test_ids_with_gaps(
+    def test_class_ids_with_gaps_are_refused(
         self, tmp_path: Path, id_kind: str, labels: list[int], message: str
     ) -> None:
         rows = [{"text": "one", "label": label} for label in labels]
@@ -340,17 +354,19 @@ class TestErrors:
             read_examples(listed)
 
     @pytest.mark.parametrize("column", [[True, False], [0.0, 1.0], [b"a", b"b"]])
-    def test_parquet_labels_of_another_type(self, tmp_path: Path, column: list[Any]) -> None:
+    def test_parquet_labels_of_another_type_are_refused(
+        self, tmp_path: Path, column: list[Any]
+    ) -> None:
         rows = [{"text": "one", "label": label} for label in column]
         with pytest.raises(DataError, match=r"rows\.parquet, row 1: the label is a?"):
             read_examples(write(tmp_path, "parquet", rows))
 
-    def test_no_labels_at_all(self, tmp_path: Path) -> None:
+    def test_a_file_without_any_label_is_refused(self, tmp_path: Path) -> None:
         path = write(tmp_path, "jsonl", [{"text": "one", "label": []}])
         with pytest.raises(DataError, match="no row has a label"):
             read_examples(path)
 
-    def test_more_labels_than_memory_could_hold(
+    def test_too_many_labels_for_memory_are_refused(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(labels_module, "MAX_MATRIX_BYTES", 1000)
@@ -362,13 +378,13 @@ class TestErrors:
         ("name", "content"),
         [("rows.csv", "text,label\n"), ("rows.jsonl", ""), ("rows.jsonl", "\n")],
     )
-    def test_no_rows(self, tmp_path: Path, name: str, content: str) -> None:
+    def test_a_file_without_rows_is_refused(self, tmp_path: Path, name: str, content: str) -> None:
         path = tmp_path / name
         path.write_text(content)
         with pytest.raises(DataError, match=f"{name}: no rows"):
             read_examples(path)
 
-    def test_null_second_text(self, tmp_path: Path) -> None:
+    def test_a_null_second_text_is_refused(self, tmp_path: Path) -> None:
         rows = [{"text": "one", "text_pair": pair, "label": "a"} for pair in ("two", None)]
         with pytest.raises(DataError, match="row 2 .*: column 'text_pair' holds null"):
             read_examples(write(tmp_path, "jsonl", rows))
@@ -377,31 +393,31 @@ class TestErrors:
         "content",
         ["{", "3", '{"hello": 1}', "", '["a", "a"]', '["a", 1]', '["a", ""]', "[" * 10**5],
     )
-    def test_broken_names_beside_the_file(self, tmp_path: Path, content: str) -> None:
+    def test_an_invalid_labels_json_is_refused(self, tmp_path: Path, content: str) -> None:
         (tmp_path / "labels.json").write_text(content)
         with pytest.raises(DataError, match=r"labels\.json: "):
             read_examples(write(tmp_path, "jsonl", GREETINGS))
 
     @pytest.mark.parametrize("name", ["rows.txt", "rows", "rows.json", "rows.tsv", "rows.csv.gz"])
-    def test_other_kind_of_file(self, tmp_path: Path, name: str) -> None:
+    def test_another_kind_of_file_is_refused(self, tmp_path: Path, name: str) -> None:
         path = tmp_path / name
         path.write_text("text,label\none,a\n")
         with pytest.raises(DataError, match=r"not a \.parquet, \.csv or \.jsonl file"):
             read_examples(path)
 
-    def test_is_one_of_ours(self) -> None:
+    def test_a_data_error_is_a_budgetformer_error(self) -> None:
         assert issubclass(DataError, BudgetFormerError)
 
 
 def word_tokenizer() -> Tokenizer:
-    """Return a tokenizer that gives the word `w` token 1, so that lengths are what a test says."""
+    """Return a tokenizer for which a text of n words `w` has n tokens."""
     tokenizer = Tokenizer(WordLevel({"[UNK]": 0, "w": 1}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     return tokenizer
 
 
 def words(lengths: list[int], max_length: int = 16) -> TokenizedTexts:
-    """Return texts of so many tokens."""
+    """Return one text of each length, in tokens."""
     return TokenizedTexts(word_tokenizer(), ["w " * n for n in lengths], None, max_length)
 
 
@@ -409,7 +425,7 @@ LENGTHS = st.lists(st.integers(0, 12), min_size=1, max_size=40)
 
 
 class TestTokens:
-    def test_special_tokens_frame_a_text(self, tokenizer: Tokenizer) -> None:
+    def test_a_text_begins_and_ends_with_special_tokens(self, tokenizer: Tokenizer) -> None:
         tokens = TokenizedTexts(tokenizer, ["The cook baked bread."], None, 32)
         assert tokens.ids[0][[0, -1]].tolist() == [2, 3]
         assert not tokens.types[0].any()
@@ -422,28 +438,28 @@ class TestTokens:
         assert 0 < first < len(ids)
 
     @pytest.mark.parametrize("paired", [False, True])
-    def test_step_0_reads_more_of_long_inputs(self, tokenizer: Tokenizer, paired: bool) -> None:
+    def test_full_ids_have_more_of_long_inputs(self, tokenizer: Tokenizer, paired: bool) -> None:
         texts = ["The cook baked bread. " * 9, "bread"]
         pairs = ["a pie " * 30, "a pie"] if paired else None
-        one = [TokenizedTexts(tokenizer, texts, pairs, n) for n in (16, 40)]
+        short, long = (TokenizedTexts(tokenizer, texts, pairs, n) for n in (16, 40))
         both = TokenizedTexts(tokenizer, texts, pairs, 16, full_length=40)
-        for name, cut in (("ids", one[0]), ("types", one[0]), ("full_ids", one[1])):
-            expected = getattr(cut, "ids" if name == "full_ids" else name)
-            for own, other in zip(getattr(both, name), expected, strict=True):
-                assert own.tolist() == other.tolist()
+        for actual, expected in (
+            (both.ids, short.ids), (both.types, short.types), (both.full_ids, long.ids),
+        ):  # fmt: skip
+            assert [a.tolist() for a in actual] == [e.tolist() for e in expected]
         assert [len(ids) for ids in both.full_ids] == [len(ids) for ids in both.full_types]
         assert len(both.full_ids[0]) == 40
         assert both.full_ids[1] is both.ids[1]
         assert both.lengths.tolist() == [16, len(both.ids[1])]
 
     @pytest.mark.parametrize("paired", [False, True])
-    def test_long_inputs_are_cut(self, tokenizer: Tokenizer, paired: bool) -> None:
+    def test_long_inputs_are_truncated(self, tokenizer: Tokenizer, paired: bool) -> None:
         pairs = ["my aunt planted roses"] if paired else None
         tokens = TokenizedTexts(tokenizer, ["The gardener watered beans again"], pairs, 8)
         assert tokens.lengths.tolist() == [8]
         assert tokens.ids[0][-1] == 3
 
-    def test_lengths(self) -> None:
+    def test_lengths_count_the_tokens_up_to_the_limit(self) -> None:
         assert words([3, 0, 12, 20]).lengths.tolist() == [3, 0, 12, 16]
 
     def test_texts_and_pairs_must_match(self) -> None:
@@ -459,36 +475,40 @@ class TestBatches:
         assert batch.attention_mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]]
         assert batch.token_type_ids.tolist() == [[0] * 4] * 3
 
-    def test_rows_without_tokens_get_one_place(self) -> None:
+    def test_rows_without_tokens_are_padded_to_one(self) -> None:
         batch = words([0, 0]).batch(np.array([0, 1]))
         assert batch.input_ids.shape == (2, 1)
         assert not batch.attention_mask.any()
 
-    def test_holds_whole_numbers(self) -> None:
+    def test_tensors_are_int64(self) -> None:
         batch = words([3]).batch(np.array([0]))
         for tensor in (batch.input_ids, batch.token_type_ids, batch.attention_mask):
             assert tensor.dtype == torch.long
 
     @PROPERTY
     @given(LENGTHS, st.integers(1, 9), st.none() | st.integers(0, 1000))
-    def test_every_row_comes_once(self, lengths: list[int], size: int, seed: int | None) -> None:
+    def test_every_row_is_in_one_batch(
+        self, lengths: list[int], size: int, seed: int | None
+    ) -> None:
         seen = [row for batch in words(lengths).batches(size, seed) for row in batch.rows.tolist()]
         assert sorted(seen) == list(range(len(lengths)))
 
     @PROPERTY
     @given(LENGTHS, st.integers(1, 9), st.none() | st.integers(0, 1000))
-    def test_sizes_and_masks(self, lengths: list[int], size: int, seed: int | None) -> None:
+    def test_batches_are_full_but_one_and_masks_follow_the_lengths(
+        self, lengths: list[int], size: int, seed: int | None
+    ) -> None:
         batches = list(words(lengths).batches(size, seed))
         assert sorted(len(batch.rows) for batch in batches)[1:] == [size] * (len(batches) - 1)
         for batch in batches:
-            own = [lengths[row] for row in batch.rows]
-            assert batch.input_ids.shape[1] == max(1, *own, 0)
-            assert batch.attention_mask.sum(1).tolist() == own
+            row_lengths = [lengths[row] for row in batch.rows]
+            assert batch.input_ids.shape[1] == max(1, *row_lengths, 0)
+            assert batch.attention_mask.sum(1).tolist() == row_lengths
             assert torch.equal(batch.input_ids, batch.attention_mask)
 
     @PROPERTY
     @given(LENGTHS, st.integers(1, 9), st.integers(0, 1000))
-    def test_a_seed_fixes_the_order(self, lengths: list[int], size: int, seed: int) -> None:
+    def test_the_seed_defines_the_order(self, lengths: list[int], size: int, seed: int) -> None:
         tokens = words(lengths)
         first, second = ([b.rows.tolist() for b in tokens.batches(size, seed)] for _ in range(2))
         assert first == second
@@ -498,31 +518,31 @@ class TestBatches:
         orders = [[b.rows.tolist() for b in tokens.batches(4, seed)] for seed in range(4)]
         assert all(orders.count(order) == 1 for order in orders)
 
-    def test_without_a_seed_lengths_rise(self) -> None:
+    def test_without_a_seed_rows_are_sorted_by_length(self) -> None:
         tokens = words([5, 1, 4, 2, 3, 1])
         rows = [row for batch in tokens.batches(2) for row in batch.rows.tolist()]
         assert rows == [1, 5, 3, 4, 2, 0]
 
     @pytest.mark.parametrize("seed", [None, 0, 1])
-    def test_like_lengths_go_together(self, seed: int | None) -> None:
+    def test_rows_of_one_length_share_batches(self, seed: int | None) -> None:
         tokens = words([1, 12] * 20)
         assert all(len(set(tokens.lengths[b.rows])) == 1 for b in tokens.batches(4, seed))
 
 
 class TestSample:
-    def test_draws_rows_in_their_order(self) -> None:
+    def test_keeps_the_order_of_rows(self) -> None:
         rows = topic_examples()
         drawn = rows.sample(20, seed=1)
-        places = [rows.texts.index(text) for text in drawn.texts]
-        assert len(set(places)) == 20
-        assert places == sorted(places)
-        assert drawn.labels.tolist() == rows.labels[places].tolist()
+        indices = [rows.texts.index(text) for text in drawn.texts]
+        assert len(set(indices)) == 20
+        assert indices == sorted(indices)
+        assert drawn.labels.tolist() == rows.labels[indices].tolist()
 
-    def test_follows_the_seed(self) -> None:
+    def test_depends_on_the_seed(self) -> None:
         first, again, other = (topic_examples().sample(20, seed).texts for seed in (1, 1, 2))
         assert first == again
         assert first != other
 
     @pytest.mark.parametrize("count", [144, 1000])
-    def test_no_more_than_there_are(self, count: int) -> None:
+    def test_is_the_whole_set_if_more_rows_are_requested(self, count: int) -> None:
         assert topic_examples().sample(count, seed=1).texts == topic_examples().texts

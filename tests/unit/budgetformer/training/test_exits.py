@@ -1,3 +1,5 @@
+"""Training of f_o: it predicts the share of the ladder that a text needs."""
+
 from __future__ import annotations
 
 import torch
@@ -15,7 +17,7 @@ def network() -> BudgetFormerForSequenceClassification:
 
 
 def inputs_and_needs(noise: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return what f_o reads, the step that each text needs, and confidences at each step."""
+    """Return the inputs of f_o, the step that each text needs, and confidences at each step."""
     random = torch.Generator().manual_seed(0)
     read = torch.rand(TEXTS, EVIDENCE_FEATURES, generator=random) * 10
     hard = (10 - read[:, 0]) / 10 + noise * torch.randn(TEXTS, generator=random)
@@ -24,7 +26,7 @@ def inputs_and_needs(noise: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, to
     return read, needs, torch.where(ladder >= needs, 0.99, 0.4)
 
 
-def test_s_is_the_share_of_the_ladder_that_a_text_needs() -> None:
+def test_s_predicts_the_share_of_the_ladder_that_a_text_needs() -> None:
     read, needs, confident = inputs_and_needs()
     model = network()
     fit_controller(model, read, confident, seed=0)
@@ -41,8 +43,8 @@ def test_a_text_that_no_step_makes_confident_needs_the_whole_ladder() -> None:
     assert s.min() > 0.9
 
 
-def test_out_of_fold_shares_know_nothing_of_their_own_text() -> None:
-    """Where needs follow from nothing, s is their mean and not what each text needs."""
+def test_out_of_fold_shares_do_not_depend_on_their_own_text() -> None:
+    """If the needs are random, s must not correlate with them."""
     read, needs, confident = inputs_and_needs()
     shuffled = torch.randperm(TEXTS, generator=torch.Generator().manual_seed(1))
     s = fit_controller(network(), read, confident[:, shuffled], seed=0)
@@ -50,7 +52,7 @@ def test_out_of_fold_shares_know_nothing_of_their_own_text() -> None:
     assert abs(correlation.item()) < 0.15
 
 
-def test_is_the_same_again() -> None:
+def test_training_is_repeatable() -> None:
     read, _, confident = inputs_and_needs(noise=0.2)
     first, second = (fit_controller(network(), read, confident, seed=3) for _ in range(2))
     assert torch.equal(first, second)

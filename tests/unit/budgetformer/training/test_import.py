@@ -1,4 +1,4 @@
-"""`import` from a folder to a checkpoint: refused before work starts, or the same function."""
+"""`import` makes a checkpoint with the answers of the encoder, or refuses it before any work."""
 
 from __future__ import annotations
 
@@ -73,10 +73,10 @@ def save_distilbert(folder: Path) -> None:
     tokenizer().save(str(folder / "tokenizer.json"))
 
 
-def run(
+def import_encoder(
     tmp_path: Path, rows: list[dict[str, Any]], work_dir: Path | None = None, **recipe: Any
 ) -> tuple[Path, list[str]]:
-    """Import `tmp_path/encoder` and return the checkpoint and what was logged."""
+    """Import `tmp_path/encoder`, and return the checkpoint and the log."""
     lines: list[str] = []
     output = tmp_path / "store" / "made" / "1"
     train_checkpoint(
@@ -91,9 +91,9 @@ def run(
     return output, lines
 
 
-def test_pairs_longer_than_an_encoder_without_token_types(tmp_path: Path) -> None:
+def test_long_pairs_work_with_an_encoder_without_token_types(tmp_path: Path) -> None:
     save_distilbert(tmp_path / "encoder")
-    output, lines = run(tmp_path, PAIR_ROWS)
+    output, lines = import_encoder(tmp_path, PAIR_ROWS)
     assert "texts are truncated to the encoder's 16 positions" in lines
     manifest = read_checkpoint(output).manifest
     assert manifest.max_tokens == 16
@@ -102,37 +102,37 @@ def test_pairs_longer_than_an_encoder_without_token_types(tmp_path: Path) -> Non
     assert Classifier(output)([long])[0].label in ("same", "other")
 
 
-def test_a_classifier_answers_as_before_whatever_the_order_of_its_labels(tmp_path: Path) -> None:
-    """Its rows are in another order than the data's sorted names; training changes nothing here."""
-    theirs = ["weather", "animals", "music"]
-    named = {"id2label": dict(enumerate(theirs)), "label2id": {n: i for i, n in enumerate(theirs)}}
-    save_bert(tmp_path / "encoder", initializer_range=0.5, **named)
-    output, _ = run(tmp_path, single_label_rows(), embedding_exit=False)
+def test_a_classifier_keeps_its_answers_if_its_labels_are_in_another_order(tmp_path: Path) -> None:
+    """The learning rate is so small that training changes nothing."""
+    names = ["weather", "animals", "music"]
+    labels = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
+    save_bert(tmp_path / "encoder", initializer_range=0.5, **labels)
+    output, _ = import_encoder(tmp_path, single_label_rows(), embedding_exit=False)
     source = BertForSequenceClassification.from_pretrained(tmp_path / "encoder").eval()
     texts = [str(row["text"]) for row in single_label_rows()]
     classifier = Classifier(output)
     answers = [p.label for p in classifier(texts, heads=2)]
-    encode = tokenizer()
+    encode = tokenizer().encode
     with torch.no_grad():
-        rows = [source(torch.tensor([encode.encode(t).ids])).logits.argmax().item() for t in texts]
-    assert np.mean([a == theirs[int(r)] for a, r in zip(answers, rows, strict=True)]) > 0.95
+        rows = [source(torch.tensor([encode(t).ids])).logits.argmax().item() for t in texts]
+    assert np.mean([a == names[int(r)] for a, r in zip(answers, rows, strict=True)]) > 0.95
     assert len(set(answers)) > 1
 
 
-def more_tokens(folder: Path) -> None:
+def add_token(folder: Path) -> None:
     made = tokenizer()
     made.add_tokens(["extraordinary"])
     made.save(str(folder / "tokenizer.json"))
 
 
-def more_types(folder: Path) -> None:
+def use_third_token_type(folder: Path) -> None:
     made = tokenizer()
     made.post_processor = TemplateProcessing(single="$A", pair="$A $B:2", special_tokens=[])
     made.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
 
 
-def poison(folder: Path) -> None:
+def set_weight_to_nan(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     next(iter(weights.values())).view(-1)[0] = torch.nan
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -144,15 +144,15 @@ ONE_LABEL = [row | {"label": "same"} for row in single_label_rows()]
 @pytest.mark.parametrize(
     ("damage", "rows", "message"),
     [
-        (more_tokens, None, "token ids up to"),
-        (more_types, None, "token types up to 2"),
+        (add_token, None, "token ids up to"),
+        (use_third_token_type, None, "token types up to 2"),
         (lambda f: (f / "tokenizer.json").unlink(), None, "no tokenizer files"),
         (lambda f: (f / "tokenizer.json").write_text("{}"), None, "cannot load its tokenizer"),
-        (poison, None, "not finite"),
+        (set_weight_to_nan, None, "not finite"),
         (Path.exists, ONE_LABEL, "training requires at least two labels"),
     ],
 )
-def test_what_cannot_work_is_refused_before_work_starts(
+def test_unusable_input_is_refused_before_any_file_is_written(
     tmp_path: Path,
     damage: Callable[[Path], object],
     rows: list[dict[str, Any]] | None,
@@ -161,7 +161,7 @@ def test_what_cannot_work_is_refused_before_work_starts(
     save_bert(tmp_path / "encoder")
     damage(tmp_path / "encoder")
     with pytest.raises(BudgetFormerError, match=message) as caught:
-        run(tmp_path, rows or single_label_rows())
+        import_encoder(tmp_path, rows or single_label_rows())
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "work").exists()
     assert not (tmp_path / "store").exists()
@@ -169,25 +169,25 @@ def test_what_cannot_work_is_refused_before_work_starts(
 
 class TestWorkFolder:
     @pytest.fixture
-    def broken_off(self, tmp_path: Path) -> Path:
-        """Return the folder of a run whose first part is done."""
+    def interrupted(self, tmp_path: Path) -> Path:
+        """Return the folder of a run that ended after its first stage."""
         save_bert(tmp_path / "encoder")
-        # Nothing may be written where the checkpoint would be.
+        # A file in place of the store's folder makes writing the checkpoint fail.
         (tmp_path / "store").touch()
         with pytest.raises(BudgetFormerError):
-            run(tmp_path, single_label_rows())
+            import_encoder(tmp_path, single_label_rows())
         (tmp_path / "store").unlink()
         assert (tmp_path / "work" / "state.pt").is_file()
         return tmp_path
 
-    def test_the_same_run_goes_on(self, broken_off: Path) -> None:
-        (broken_off / "work" / "mine.txt").write_text("not the run's")
-        output, _ = run(broken_off, single_label_rows())
+    def test_the_same_run_resumes_and_cleans_up(self, interrupted: Path) -> None:
+        (interrupted / "work" / "mine.txt").write_text("not the run's")
+        output, _ = import_encoder(interrupted, single_label_rows())
         assert output.is_dir()
-        assert [p.name for p in (broken_off / "work").iterdir()] == ["mine.txt"]
+        assert [p.name for p in (interrupted / "work").iterdir()] == ["mine.txt"]
 
     @pytest.mark.parametrize("change", ["recipe", "data", "labels", "encoder"])
-    def test_another_run_is_refused(self, broken_off: Path, change: str) -> None:
+    def test_another_run_is_refused(self, interrupted: Path, change: str) -> None:
         rows, recipe = single_label_rows(), {}
         if change == "recipe":
             recipe = {"learning_rate": 1e-7}
@@ -197,29 +197,29 @@ class TestWorkFolder:
             other = {"animals": "music", "music": "animals", "weather": "weather"}
             rows = [row | {"label": other[row["label"]]} for row in rows]
         else:
-            save_bert(broken_off / "encoder", initializer_range=0.1)
+            save_bert(interrupted / "encoder", initializer_range=0.1)
         with pytest.raises(TrainingError, match="another recipe, data or encoder"):
-            run(broken_off, rows, **recipe)
+            import_encoder(interrupted, rows, **recipe)
 
-    def test_a_damaged_state_is_named(self, broken_off: Path) -> None:
-        (broken_off / "work" / "state.pt").write_bytes(b"half")
+    def test_a_damaged_state_is_refused(self, interrupted: Path) -> None:
+        (interrupted / "work" / "state.pt").write_bytes(b"half")
         with pytest.raises(TrainingError, match=r"state\.pt: damaged"):
-            run(broken_off, single_label_rows())
+            import_encoder(interrupted, single_label_rows())
 
 
-def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path) -> None:
+def test_a_loss_of_nan_ends_the_run(tmp_path: Path) -> None:
     save_bert(tmp_path / "encoder")
     with pytest.raises(TrainingError, match="learning_rate"):
-        run(tmp_path, single_label_rows(), learning_rate=1e30, budget_epochs=4)
+        import_encoder(tmp_path, single_label_rows(), learning_rate=1e30, budget_epochs=4)
     assert not (tmp_path / "store").exists()
 
 
-def test_a_length_without_room_for_a_text(tmp_path: Path) -> None:
+def test_a_max_length_too_small_for_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="max_length"):
-        run(tmp_path, single_label_rows(), max_length=2)
+        import_encoder(tmp_path, single_label_rows(), max_length=2)
 
 
-def test_data_errors_come_first(tmp_path: Path) -> None:
+def test_too_few_rows_are_refused(tmp_path: Path) -> None:
     save_bert(tmp_path / "encoder")
     with pytest.raises(DataError, match="requires at least . rows per label"):
-        run(tmp_path, single_label_rows()[:3])
+        import_encoder(tmp_path, single_label_rows()[:3])

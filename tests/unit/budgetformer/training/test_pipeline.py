@@ -1,3 +1,5 @@
+"""Training from data to checkpoint: the recipe's effects, and checks before training."""
+
 from __future__ import annotations
 
 import json
@@ -47,20 +49,20 @@ def rows() -> list[dict[str, Any]]:
     ]
 
 
-def test_a_network_takes_the_bounds_of_its_recipe() -> None:
+def test_the_network_has_the_budget_bounds_of_the_recipe() -> None:
     assert built(budget_bounds=(0.1, 0.3)).config.budget_bounds == [0.1, 0.3]
 
 
 @pytest.mark.parametrize("scope", ["input", "layer"])
-def test_a_network_takes_the_fixed_share_of_its_recipe(scope: str) -> None:
+def test_the_network_has_the_fixed_share_of_the_recipe(scope: str) -> None:
     model = built(fixed_share=0.3, budget_scope=scope).eval()
     budget = model(torch.randint(1, 50, (5, 8))).budget
     torch.testing.assert_close(budget, torch.full_like(budget, 0.3))
 
 
 @pytest.mark.parametrize("gating", ["soft", "hard"])
-def test_a_fixed_share_is_served(tmp_path: Path, gating: str) -> None:
-    # with hard gates f_o would be fitted after the training
+def test_a_checkpoint_answers_with_its_fixed_share(tmp_path: Path, gating: str) -> None:
+    # with hard gates, f_o is usually fitted after the training
     changes = {"fixed_share": 1.0, "gating": gating}
     train(tmp_path / "store/fixed/1", rows(), **PAPER | changes)
     classifier = Classifier(tmp_path / "store/fixed/1")
@@ -70,26 +72,26 @@ def test_a_fixed_share_is_served(tmp_path: Path, gating: str) -> None:
     assert (load_model(classifier.checkpoint.path)(tokens).budget > 0.999).all()
 
 
-def test_rows_are_limited(tmp_path: Path) -> None:
+def test_max_train_rows_limits_the_rows(tmp_path: Path) -> None:
     train(tmp_path / "store/few/1", rows(), **PAPER | {"max_train_rows": 60, "hold_out": 0.5})
     assert read_checkpoint(tmp_path / "store/few/1").manifest.metrics["train_rows"] == 30
 
 
-def test_no_checkpoint_draws_heads_at_random(tmp_path: Path) -> None:
+def test_random_heads_are_refused_for_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="random_heads"):
         train(tmp_path / "store/random/1", rows(), **PAPER | {"random_heads": True})
 
 
-def test_a_run_that_goes_on_reads_its_own_tokenizer(tmp_path: Path) -> None:
+def test_a_resumed_run_reads_its_saved_tokenizer(tmp_path: Path) -> None:
     first = saved_tokenizer(topic_examples(), 150, tmp_path / "work")
-    again = saved_tokenizer(topic_examples(), 150, tmp_path / "work")
-    assert again.get_vocab() == first.get_vocab()
+    second = saved_tokenizer(topic_examples(), 150, tmp_path / "work")
+    assert second.get_vocab() == first.get_vocab()
     kept = Tokenizer.from_file(str(tmp_path / "work" / "tokenizer.json"))
     assert kept.encode("The crew painted a tug.").ids == first.encode("The crew painted a tug.").ids
 
 
 class TestData:
-    """What is checked before anything is trained."""
+    """Checks of the data before training."""
 
     @pytest.fixture
     def folder(self, tmp_path: Path) -> Path:
@@ -98,16 +100,16 @@ class TestData:
         write_jsonl(folder / "train.jsonl", rows())
         return folder
 
-    def refusal(self, data: Path, **how: Any) -> str:
-        """Return the error of a training that must not start."""
-        told: list[str] = []
+    def refusal(self, data: Path) -> str:
+        """Return the error, and check that training has not started."""
+        lines: list[str] = []
         output, work = data.parent / "store/mine/1", data.parent / "work"
         with pytest.raises(DataError) as caught:
             train_checkpoint(
-                data=data, output=output, start=None, recipe=Recipe(**how), work_dir=work,
-                threads=1, log=told.append,
+                data=data, output=output, start=None, recipe=Recipe(), work_dir=work,
+                threads=1, log=lines.append,
             )  # fmt: skip
-        assert not [line for line in told if "texts to train on" in line]
+        assert not [line for line in lines if "texts to train on" in line]
         assert not output.exists()
         assert not work.exists()
         return str(caught.value)
@@ -127,7 +129,7 @@ class TestData:
             ("labels.json", '["garden"]', "train.jsonl, row "),
         ],
     )
-    def test_a_bad_file_is_reported_before_the_training(
+    def test_an_invalid_file_is_refused_before_training(
         self, folder: Path, name: str, content: str, message: str
     ) -> None:
         (folder / name).write_text(content)
@@ -143,14 +145,14 @@ class TestData:
             ([True, False] * 30, "row 1 (line 1): the label is a boolean"),
         ],
     )
-    def test_labels_that_cannot_be_trained_on(
+    def test_unusable_labels_are_refused_before_training(
         self, folder: Path, labels: list[Any], message: str
     ) -> None:
         path = folder / "mine.jsonl"
-        write_jsonl(path, [{"text": f"text {i}", "label": one} for i, one in enumerate(labels)])
+        write_jsonl(path, [{"text": f"text {i}", "label": label} for i, label in enumerate(labels)])
         assert message in self.refusal(path)
 
-    def test_a_folder_without_a_training_file(self, tmp_path: Path) -> None:
+    def test_a_folder_without_a_training_file_is_refused(self, tmp_path: Path) -> None:
         assert "not a file, nor a folder with train" in self.refusal(tmp_path / "data")
 
 
@@ -164,6 +166,6 @@ class TestData:
         ([], None),
     ],
 )
-def test_names_of_a_fine_tuned_classifier(tmp_path: Path, config: Any, names: Any) -> None:
+def test_label_names_of_a_fine_tuned_classifier(tmp_path: Path, config: Any, names: Any) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert label_names_of(find_start(str(tmp_path))) == names

@@ -1,3 +1,5 @@
+"""Training of step 0: it generalizes, uses word order, and its held-out logits are honest."""
+
 from __future__ import annotations
 
 from dataclasses import replace
@@ -42,7 +44,7 @@ def answers(head: TfidfHead, tokenizer: Tokenizer, texts: list[str]) -> torch.Te
     return head(batch.input_ids, batch.attention_mask, batch.token_type_ids)
 
 
-def test_is_right_on_texts_that_it_never_saw(tokenizer: Tokenizer) -> None:
+def test_is_right_on_unseen_texts(tokenizer: Tokenizer) -> None:
     examples = topic_examples()
     kept, held = np.arange(96), np.arange(96, len(examples))
     head, _ = fit(tokenizer, examples.subset(kept))
@@ -50,19 +52,22 @@ def test_is_right_on_texts_that_it_never_saw(tokenizer: Tokenizer) -> None:
     assert (answers(head, tokenizer, unseen.texts).argmax(-1).numpy() == unseen.labels).all()
 
 
-def test_word_order_is_learned_from_neighbours(tokenizer: Tokenizer) -> None:
+def test_word_order_is_learned_from_pairs_of_neighbours(tokenizer: Tokenizer) -> None:
     texts = ["The cook painted a tug.", "a tug painted The cook."] * 20
-    examples = Examples(texts, None, np.arange(40) % 2, ["there", "back"])
+    examples = Examples(texts, None, np.arange(40) % 2, ["forwards", "backwards"])
     with_pairs, _ = fit(tokenizer, examples)
-    alone, _ = fit(tokenizer, examples, buckets=0)
-    right = answers(with_pairs, tokenizer, texts).argmax(-1).numpy() == examples.labels
-    blind = answers(alone, tokenizer, texts).argmax(-1).numpy() == examples.labels
-    assert right.all()
-    assert blind.mean() == 0.5
+    without_pairs, _ = fit(tokenizer, examples, buckets=0)
+
+    def accuracy(head: TfidfHead) -> float:
+        predicted = answers(head, tokenizer, texts).argmax(-1).numpy()
+        return float((predicted == examples.labels).mean())
+
+    assert accuracy(with_pairs) == 1
+    assert accuracy(without_pairs) == 0.5
 
 
-def test_out_of_fold_logits_know_nothing_of_their_own_label(tokenizer: Tokenizer) -> None:
-    """Where labels are random, answers that never saw them are right by chance."""
+def test_out_of_fold_logits_do_not_depend_on_their_own_label(tokenizer: Tokenizer) -> None:
+    """With random labels, out-of-fold answers are right by chance only."""
     random = np.random.default_rng(0)
     examples = topic_examples()
     shuffled = replace(examples, labels=random.integers(0, 3, len(examples)))
@@ -71,10 +76,10 @@ def test_out_of_fold_logits_know_nothing_of_their_own_label(tokenizer: Tokenizer
     seen = answers(head, tokenizer, shuffled.texts)
     assert (seen.argmax(-1) == labels).double().mean() > 0.6
     assert (unseen.argmax(-1) == labels).double().mean() < 0.5
-    assert confidence(unseen, None).mean() < 0.55  # and they do not claim to be
+    assert confidence(unseen, None).mean() < 0.55  # and not confident
 
 
-def test_several_labels_have_a_column_each(tokenizer: Tokenizer) -> None:
+def test_each_label_of_a_multi_label_problem_has_a_column(tokenizer: Tokenizer) -> None:
     examples = topic_examples()
     several = np.stack([examples.labels == 0, examples.labels != 1], -1).astype(np.int64)
     head, unseen = fit(tokenizer, Examples(examples.texts, None, several, ["a", "b"]))
@@ -82,15 +87,15 @@ def test_several_labels_have_a_column_each(tokenizer: Tokenizer) -> None:
     assert ((unseen > 0).numpy() == several).mean() > 0.95
 
 
-@pytest.mark.parametrize("constant", [0, 2])
-def test_a_label_that_no_text_has_is_never_the_answer(tokenizer: Tokenizer, constant: int) -> None:
+@pytest.mark.parametrize("missing", [0, 2])
+def test_a_label_without_texts_is_never_predicted(tokenizer: Tokenizer, missing: int) -> None:
     examples = topic_examples()
-    two = replace(examples, labels=np.where(examples.labels == constant, 1, examples.labels))
+    two = replace(examples, labels=np.where(examples.labels == missing, 1, examples.labels))
     head, _ = fit(tokenizer, two)
-    assert (answers(head, tokenizer, two.texts).argmax(-1) != constant).all()
+    assert (answers(head, tokenizer, two.texts).argmax(-1) != missing).all()
 
 
-def test_is_the_same_again(tokenizer: Tokenizer) -> None:
+def test_training_is_repeatable(tokenizer: Tokenizer) -> None:
     (first, unseen), (second, again) = (fit(tokenizer, topic_examples()) for _ in range(2))
     assert torch.equal(unseen, again)
     for name, weight in first.state_dict().items():

@@ -1,3 +1,5 @@
+"""The training loop: it learns, repeats, resumes after a power cut, and adds up micro-batches."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -15,14 +17,13 @@ from torch import Tensor
 
 from budgetformer.model.architecture import MULTI_LABEL
 from budgetformer.model.budget import Gating
-from budgetformer.model.configuration import BudgetFormerConfig
 from budgetformer.model.encoder import SequenceClassifier
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification
 from budgetformer.training import trainer as trainer_module
 from budgetformer.training.data import Examples, TokenBatch, TokenizedTexts
 from budgetformer.training.recipe import Recipe
 from budgetformer.training.trainer import Trainer, inputs, split_rows
-from tests.support.networks import PROPERTY
+from tests.support.networks import PROPERTY, new_network
 from tests.support.texts import topic_examples
 
 RECIPE = Recipe(
@@ -37,36 +38,19 @@ RECIPE = Recipe(
 
 
 class PowerCutError(Exception):
-    """Ends a run from outside."""
+    """Stands for a power cut during training."""
 
 
 class FailingTexts(TokenizedTexts):
-    """Texts that cut the power once so many batches have been served."""
+    """Texts that raise `PowerCutError` after a number of batches."""
 
-    left = 10**9
+    batches_left = 10**9
 
     def batch(self, rows: np.ndarray) -> TokenBatch:
-        if self.left == 0:
+        if self.batches_left == 0:
             raise PowerCutError
-        self.left -= 1
+        self.batches_left -= 1
         return super().batch(rows)
-
-
-def new_network(seed: int = 0, **changes: Any) -> BudgetFormerForSequenceClassification:
-    """Return an untrained network for the synthetic sentences."""
-    sizes: dict[str, Any] = {
-        "vocab_size": 150,
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 32,
-        "max_position_embeddings": 16,
-        "controller_hidden_size": 4,
-        "num_labels": 3,
-        "initializer_range": 0.2,
-    }
-    torch.manual_seed(seed)
-    return BudgetFormerForSequenceClassification(BudgetFormerConfig(**sizes | changes))
 
 
 class Run:
@@ -98,14 +82,14 @@ class Run:
         )
 
     def weights(self, after: int | None = None, **network: Any) -> dict[str, Tensor]:
-        """Train, with a power cut after so many batches if asked for, and return the weights."""
+        """Train and return the weights; with `after`, the power is cut after this many batches."""
         model = new_network(**network)
         if after is not None:
-            self.tokens.left = after
+            self.tokens.batches_left = after
             with pytest.raises(PowerCutError):
                 self.trainer(model).train()
-            self.tokens.left = 10**9
-            # whoever goes on knows nothing but the folder, and starts from any weights
+            self.tokens.batches_left = 10**9
+            # the resumed run has only the folder, so its initial weights must not matter
             model = new_network(seed=99, **network)
             torch.manual_seed(1234)
         self.trainer(model).train()
@@ -119,19 +103,18 @@ def examples() -> Examples:
 
 @pytest.fixture
 def new_run(tmp_path: Path, tokenizer: Tokenizer, examples: Examples) -> Callable[..., Run]:
-    """Return a maker of runs, each in its own folder unless told."""
+    """Return a function that makes runs, each in a folder of its own by default."""
     made: list[Run] = []
 
     def make(folder: Path | None = None, **changes: Any) -> Run:
-        place = folder or tmp_path / str(len(made))
-        made.append(Run(place, tokenizer, changes.pop("examples", examples), **changes))
+        run_folder = folder or tmp_path / str(len(made))
+        made.append(Run(run_folder, tokenizer, changes.pop("examples", examples), **changes))
         return made[-1]
 
     return make
 
 
-def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
-    """Compare weights bit by bit."""
+def assert_same_weights(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
     assert first.keys() == second.keys()
     differing = [name for name in first if not torch.equal(first[name], second[name])]
     assert differing == []
@@ -167,7 +150,9 @@ class TestLearning:
             {"ladder": [[0, 1], [1, 2], [4, 4]]},
         ],
     )
-    def test_each_form_learns(self, new_run: Callable[..., Run], changes: dict[str, Any]) -> None:
+    def test_every_kind_of_network_learns(
+        self, new_run: Callable[..., Run], changes: dict[str, Any]
+    ) -> None:
         run, model = new_run(dense_epochs=3, budget_epochs=3), new_network(**changes)
         full = model.config.num_steps
         before = mean_loss(run, model, full)
@@ -175,7 +160,7 @@ class TestLearning:
         assert mean_loss(run, model, full) < 0.7 * before
 
     @pytest.mark.parametrize("selection", ["input", "ranked"])
-    def test_soft_gates_teach_the_budget_too(
+    def test_soft_gates_train_the_budget_controller(
         self, new_run: Callable[..., Run], selection: str
     ) -> None:
         run = new_run(gating="soft", noise=0.5, temperature=(2.0, 0.5), budget_epochs=4)
@@ -186,7 +171,9 @@ class TestLearning:
         assert mean_loss(run, model, 4) < 0.9 * before
         assert not torch.equal(model.encoder.decision.controller.out.weight, controller)
 
-    def test_several_labels_learn(self, new_run: Callable[..., Run], examples: Examples) -> None:
+    def test_multi_label_networks_learn(
+        self, new_run: Callable[..., Run], examples: Examples
+    ) -> None:
         labels = np.eye(3, dtype=np.int64)[examples.labels]
         several = Examples(examples.texts, None, labels, examples.names)
         run = new_run(examples=several, dense_epochs=4, budget_epochs=4)
@@ -195,9 +182,7 @@ class TestLearning:
         run.trainer(model).train()
         assert mean_loss(run, model, 4) < 0.7 * before
 
-    def test_budget_and_exit_heads_are_left_to_calibration(
-        self, new_run: Callable[..., Run]
-    ) -> None:
+    def test_controller_and_exit_head_are_not_trained(self, new_run: Callable[..., Run]) -> None:
         model = new_network(embedding_exit=True)
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         new_run().trainer(model).train()
@@ -206,7 +191,7 @@ class TestLearning:
             assert torch.equal(tensor, before[name]) == untouched, name
 
     @pytest.mark.parametrize("freeze", [True, False])
-    def test_budgets_leave_frozen_embeddings_alone(
+    def test_budget_training_keeps_frozen_embeddings(
         self, new_run: Callable[..., Run], freeze: bool
     ) -> None:
         model = new_network()
@@ -218,20 +203,22 @@ class TestLearning:
         assert torch.equal(word, dense[0]) == freeze
         assert word.requires_grad
 
-    def test_no_epoch_changes_nothing_but_the_order(self, new_run: Callable[..., Run]) -> None:
+    def test_without_epochs_only_the_order_of_heads_changes(
+        self, new_run: Callable[..., Run]
+    ) -> None:
         run, model = new_run(dense_epochs=0, budget_epochs=0), new_network()
         before = mean_loss(run, model, 4)
         run.trainer(model).train()
         assert mean_loss(run, model, 4) == pytest.approx(before, rel=1e-5)
 
-    def test_says_what_it_does(self, new_run: Callable[..., Run]) -> None:
+    def test_logs_the_ordering_of_heads(self, new_run: Callable[..., Run]) -> None:
         run = new_run()
         run.weights()
         assert run.lines == ["ordering heads and neurons by importance"]
 
 
 class TestFromScratch:
-    """The paper's way: one stage, no dense network and no teacher before it."""
+    """The paper's training: one stage, without a dense stage and without a teacher."""
 
     PAPER: dict[str, Any] = {
         "gating": "soft",
@@ -246,12 +233,12 @@ class TestFromScratch:
         "budget_ffn": False,
     }
 
-    def test_learns_and_goes_from_exploration_to_exploitation(
+    def test_learns_while_temperature_and_noise_fall(
         self, new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         run, model = new_run(budget_epochs=4, **self.PAPER), new_network(**self.FORM)
         seen: list[Gating] = []
-        monkeypatch.setattr(model, "set_gating", lambda g: seen.append(g))
+        monkeypatch.setattr(model, "set_gating", seen.append)
         before = mean_loss(run, model, 4)
         run.trainer(model).train()
         assert mean_loss(run, model, 4) < 0.9 * before
@@ -261,17 +248,19 @@ class TestFromScratch:
         assert seen[-1].noise == pytest.approx(0, abs=0.04)
         assert run.lines == []
 
-    def test_asks_no_teacher(self, new_run: Callable[..., Run]) -> None:
+    def test_runs_no_teacher(self, new_run: Callable[..., Run]) -> None:
         run = new_run(budget_epochs=1, **self.PAPER)
-        run.tokens.left = 4  # the batches of the one epoch, and no more
+        run.tokens.batches_left = 4  # the batches of its only epoch
         run.trainer(new_network(**self.FORM)).train()
 
-    def test_resumes(self, new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_resumes_after_a_power_cut(
+        self, new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr(trainer_module, "SAVE_SECONDS", -1)
-        broken = new_run(**self.PAPER).weights(after=5, **self.FORM)
-        assert_same(broken, new_run(**self.PAPER).weights(**self.FORM))
+        resumed = new_run(**self.PAPER).weights(after=5, **self.FORM)
+        assert_same_weights(resumed, new_run(**self.PAPER).weights(**self.FORM))
 
-    def test_a_fixed_share_stays(self, new_run: Callable[..., Run]) -> None:
+    def test_a_fixed_share_is_not_trained(self, new_run: Callable[..., Run]) -> None:
         run, model = new_run(**self.PAPER), new_network(**self.FORM)
         for layer in model.encoder.encoder_layers:
             assert layer.decision is not None
@@ -280,7 +269,7 @@ class TestFromScratch:
         output = model.eval()(**inputs(run.tokens.batch(np.arange(9))))
         torch.testing.assert_close(output.budget, torch.full((9, 2), 0.6))
 
-    def test_random_heads_teach_the_scorer_nothing(self, new_run: Callable[..., Run]) -> None:
+    def test_random_heads_do_not_train_the_scorer(self, new_run: Callable[..., Run]) -> None:
         run = new_run(random_heads=True, weight_decay=0.0, **self.PAPER)
         model = new_network(**self.FORM)
         layer = model.encoder.encoder_layers[0]
@@ -290,7 +279,7 @@ class TestFromScratch:
         run.trainer(model).train()
         assert torch.equal(layer.decision.scorer.out.weight, before)
 
-    def test_only_dense_epochs_make_the_plain_network(self, new_run: Callable[..., Run]) -> None:
+    def test_dense_epochs_alone_train_the_full_network(self, new_run: Callable[..., Run]) -> None:
         run, model = new_run(dense_epochs=4, budget_epochs=0), new_network()
         before = mean_loss(run, model, 4)
         run.trainer(model).train()
@@ -302,23 +291,25 @@ class TestDeterminism:
         first = new_run().weights()
         torch.manual_seed(77)
         np.random.default_rng(5).random()
-        assert_same(first, new_run().weights())
+        assert_same_weights(first, new_run().weights())
 
-    def test_another_seed_gives_others(self, new_run: Callable[..., Run]) -> None:
+    def test_another_seed_gives_other_weights(self, new_run: Callable[..., Run]) -> None:
         first, second = new_run().weights(), new_run(seed=4).weights()
         assert not torch.equal(first["classifier.weight"], second["classifier.weight"])
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory, _tokenizer_text: str) -> dict[str, Tensor]:
-    """Return the weights of a run that nothing stopped."""
-    folder = tmp_path_factory.mktemp("unbroken")
+def uninterrupted(
+    tmp_path_factory: pytest.TempPathFactory, _tokenizer_text: str
+) -> dict[str, Tensor]:
+    """Return the weights of a run without interruption."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
     rows = topic_examples().subset(range(48))
     return Run(folder, Tokenizer.from_str(_tokenizer_text), rows).weights()
 
 
 # 48 rows in batches of 12: 8 batches of dense training, 4 for the importance of heads, 1 for the
-# teacher's answers (batches of 64), 8 of budget training; each case cuts at another place of a run.
+# teacher's answers (batches of 64), 8 of budget training; each case interrupts another phase.
 CUTS = {
     "at once": 0,
     "in the first epoch": 2,
@@ -339,92 +330,96 @@ class TestResuming:
         monkeypatch.setattr(trainer_module, "SAVE_SECONDS", -1)
 
     @pytest.mark.parametrize("after", CUTS.values(), ids=CUTS.keys())
-    def test_ends_with_the_weights_of_an_unbroken_run(
-        self, new_run: Callable[..., Run], unbroken: dict[str, Tensor], after: int
+    def test_ends_with_the_weights_of_an_uninterrupted_run(
+        self, new_run: Callable[..., Run], uninterrupted: dict[str, Tensor], after: int
     ) -> None:
         run = new_run()
         if after == 0:
-            # nothing was saved yet, so the run begins anew from the same network
-            run.tokens.left = 0
+            # nothing was saved yet, so the next run starts again from the same network
+            run.tokens.batches_left = 0
             with pytest.raises(PowerCutError):
                 run.trainer(new_network()).train()
-            run.tokens.left = 10**9
-            assert_same(run.weights(), unbroken)
+            run.tokens.batches_left = 10**9
+            assert_same_weights(run.weights(), uninterrupted)
         else:
-            assert_same(run.weights(after=after), unbroken)
+            assert_same_weights(run.weights(after=after), uninterrupted)
 
-    def test_cut_every_few_batches(
-        self, new_run: Callable[..., Run], unbroken: dict[str, Tensor]
+    def test_a_run_interrupted_every_few_batches_ends_with_the_same_weights(
+        self, new_run: Callable[..., Run], uninterrupted: dict[str, Tensor]
     ) -> None:
         run = new_run()
         for _ in range(20):
-            run.tokens.left = 6
+            run.tokens.batches_left = 6
             model = new_network()
             try:
                 run.trainer(model).train()
             except PowerCutError:
                 continue
             break
-        assert_same(model.state_dict(), unbroken)
+        assert_same_weights(model.state_dict(), uninterrupted)
 
     @pytest.mark.parametrize("after", [6, 16])
-    def test_soft_gates(self, new_run: Callable[..., Run], after: int) -> None:
+    def test_soft_gates_resume_to_the_same_weights(
+        self, new_run: Callable[..., Run], after: int
+    ) -> None:
         recipe = {"gating": "soft", "noise": 0.5, "temperature": (2.0, 0.5)}
-        picks = {"head_selection": "input"}
-        broken = new_run(**recipe).weights(after=after, **picks)
-        assert_same(broken, new_run(**recipe).weights(**picks))
+        selection = {"head_selection": "input"}
+        resumed = new_run(**recipe).weights(after=after, **selection)
+        assert_same_weights(resumed, new_run(**recipe).weights(**selection))
 
     @pytest.mark.parametrize("changes", [{"head_selection": "input"}, {"hidden_dropout_prob": 0.5}])
-    def test_other_networks(self, new_run: Callable[..., Run], changes: dict[str, Any]) -> None:
-        assert_same(new_run().weights(after=6, **changes), new_run().weights(**changes))
+    def test_other_networks_resume_to_the_same_weights(
+        self, new_run: Callable[..., Run], changes: dict[str, Any]
+    ) -> None:
+        assert_same_weights(new_run().weights(after=6, **changes), new_run().weights(**changes))
 
-    def test_seldom_saved_runs_repeat_what_was_lost(
+    def test_steps_after_the_last_save_are_repeated(
         self,
         new_run: Callable[..., Run],
-        unbroken: dict[str, Tensor],
+        uninterrupted: dict[str, Tensor],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         run = new_run()
-        run.tokens.left = 5
+        run.tokens.batches_left = 5
         with pytest.raises(PowerCutError):
             run.trainer(new_network()).train()
         monkeypatch.setattr(trainer_module, "SAVE_SECONDS", 10**6)
-        run.tokens.left = 2
+        run.tokens.batches_left = 2
         with pytest.raises(PowerCutError):
             run.trainer(new_network(seed=9)).train()
-        run.tokens.left = 10**9
-        assert_same(run.weights(), unbroken)
+        run.tokens.batches_left = 10**9
+        assert_same_weights(run.weights(), uninterrupted)
 
-    def test_says_where_it_goes_on(self, new_run: Callable[..., Run]) -> None:
+    def test_logs_the_step_at_which_it_resumes(self, new_run: Callable[..., Run]) -> None:
         run = new_run()
         run.weights(after=6)
         assert run.lines[0].startswith("dense: resuming at step ")
         assert run.lines[0].endswith(" of 8")
 
     def test_a_finished_run_is_not_repeated(
-        self, new_run: Callable[..., Run], unbroken: dict[str, Tensor]
+        self, new_run: Callable[..., Run], uninterrupted: dict[str, Tensor]
     ) -> None:
         run = new_run()
         run.weights()
-        run.tokens.left = 0
+        run.tokens.batches_left = 0
         model = new_network(seed=50)
         run.trainer(model).train()
-        assert_same(model.state_dict(), unbroken)
+        assert_same_weights(model.state_dict(), uninterrupted)
 
-    def test_leaves_one_whole_file(self, new_run: Callable[..., Run]) -> None:
+    def test_leaves_one_readable_state_file(self, new_run: Callable[..., Run]) -> None:
         run = new_run()
         run.weights(after=6)
         assert [path.name for path in run.folder.iterdir()] == ["state.pt"]
         torch.load(run.folder / "state.pt", weights_only=True)
 
-    def test_makes_its_folder(self, new_run: Callable[..., Run], tmp_path: Path) -> None:
+    def test_creates_its_folder(self, new_run: Callable[..., Run], tmp_path: Path) -> None:
         run = new_run(folder=tmp_path / "deep" / "down")
         run.weights()
         assert (tmp_path / "deep" / "down" / "state.pt").is_file()
 
 
 class TestStep0:
-    """The loss is of the answer that is served: the encoder's logits and step 0's share."""
+    """The loss is that of the served answer: the encoder's logits plus step 0's share."""
 
     step0 = torch.randn(48, 3, generator=torch.Generator().manual_seed(0))
 
@@ -434,25 +429,30 @@ class TestStep0:
 
     @torch.no_grad()
     @pytest.mark.parametrize("share", [0.0, 0.5])
-    def test_its_share_is_in_the_loss(self, new_run: Callable[..., Run], share: float) -> None:
+    def test_the_loss_includes_the_share_of_step_0(
+        self, new_run: Callable[..., Run], share: float
+    ) -> None:
         run, model = new_run(exit_share=share), new_network()
-        own = run.trainer(model).predict(run.tokens, 4, "test")
+        encoder = run.trainer(model).predict(run.tokens, 4, "test")
         labels = torch.from_numpy(run.examples.labels)
-        expected = model.loss(own + share * self.step0, labels)
+        expected = model.loss(encoder + share * self.step0, labels)
         assert self.loss(run, model) == pytest.approx(expected.item(), rel=1e-4)
 
     @torch.no_grad()
-    def test_texts_weigh_by_their_chance_to_get_past_it(self, new_run: Callable[..., Run]) -> None:
+    def test_texts_are_weighted_by_the_uncertainty_of_step_0(
+        self, new_run: Callable[..., Run]
+    ) -> None:
         run, model = new_run(exit_share=0.5, reach_weight=1.0), new_network()
-        own = run.trainer(model).predict(run.tokens, 4, "test")
+        encoder = run.trainer(model).predict(run.tokens, 4, "test")
         labels = torch.from_numpy(run.examples.labels)
-        losses = F.cross_entropy(own + 0.5 * self.step0, labels, reduction="none")
+        losses = F.cross_entropy(encoder + 0.5 * self.step0, labels, reduction="none")
         uncertain = 1 - self.step0.softmax(-1).amax(-1)
         expected = (losses * uncertain / uncertain.mean()).mean()
         assert self.loss(run, model) == pytest.approx(expected.item(), rel=1e-4)
 
-    def test_the_encoder_leaves_alone_what_step_0_knows(self, new_run: Callable[..., Run]) -> None:
-        """Where step 0 is right and certain there is nothing left to learn."""
+    def test_the_encoder_learns_nothing_from_texts_that_step_0_solves(
+        self, new_run: Callable[..., Run]
+    ) -> None:
         run = new_run(dense_epochs=1, budget_epochs=1, distillation=0.0, exit_share=1.0)
         known = 50.0 * F.one_hot(torch.from_numpy(run.examples.labels), 3).float()
         model = new_network(hidden_dropout_prob=0.0)
@@ -460,7 +460,9 @@ class TestStep0:
         run.trainer(model, known).train()
         assert mean_loss(run, model, 4) == pytest.approx(before, rel=0.02)
 
-    def test_the_teacher_has_its_share_too(self, new_run: Callable[..., Run]) -> None:
+    def test_the_teachers_answers_include_the_share_of_step_0(
+        self, new_run: Callable[..., Run]
+    ) -> None:
         run, model = new_run(exit_share=0.5, distillation=1.0), new_network().eval()
         trainer, batch = run.trainer(model, self.step0), run.tokens.batch(np.arange(48))
         with torch.no_grad():
@@ -476,8 +478,8 @@ class TestMicroBatches:
     def test_gradients_of_a_batch_add_up(
         self, new_run: Callable[..., Run], micro_batch: int
     ) -> None:
-        """Without dropout they are those of the whole batch, but for rounding."""
-        found = []
+        """Without dropout, they equal those of the whole batch up to rounding."""
+        results = []
         for size in (None, micro_batch):
             model = new_network(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
             run = new_run()
@@ -485,15 +487,17 @@ class TestMicroBatches:
             stage = trainer_module.Stage("budget", 1, trainer._budget_loss)
             loss = trainer._backward(stage, run.tokens.batch(np.arange(12)), seed=3)
             named = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-            found.append((loss, named))
-        assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
-        assert found[1][1].keys() == found[0][1].keys()
-        for name, gradient in found[0][1].items():
-            torch.testing.assert_close(found[1][1][name], gradient, rtol=1e-4, atol=1e-6)
+            results.append((loss, named))
+        (whole_loss, whole), (split_loss, split) = results
+        assert split_loss == pytest.approx(whole_loss, rel=1e-5)
+        assert split.keys() == whole.keys()
+        for name, gradient in whole.items():
+            torch.testing.assert_close(split[name], gradient, rtol=1e-4, atol=1e-6)
 
 
 class TestSandwich:
-    def steps(self, monkeypatch: pytest.MonkeyPatch, run: Run) -> list[tuple[int, int]]:
+    def budget_steps(self, monkeypatch: pytest.MonkeyPatch, run: Run) -> list[tuple[int, int]]:
+        """Train, and return (step, rows) of each pass of the budget stage."""
         seen: list[tuple[int, int]] = []
         run_at = SequenceClassifier.logits_at
 
@@ -504,37 +508,37 @@ class TestSandwich:
 
         monkeypatch.setattr(SequenceClassifier, "logits_at", record)
         run.trainer(new_network()).train()
-        dense = run.recipe.dense_epochs * 4
-        return seen[dense:]
+        dense_batches = run.recipe.dense_epochs * 4
+        return seen[dense_batches:]
 
     def test_every_update_has_the_smallest_and_the_full_step(
         self, new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        seen = self.steps(monkeypatch, new_run(budget_epochs=3))
+        seen = self.budget_steps(monkeypatch, new_run(budget_epochs=3))
         updates = [seen[i : i + 3] for i in range(0, len(seen), 3)]
         assert len(updates) == 3 * 4
         assert {(first, last) for (first, _), _, (last, _) in updates} == {(1, 4)}
-        assert len({between for _, (between, _), _ in updates}) > 1
+        assert len({middle for _, (middle, _), _ in updates}) > 1
         assert all(len({rows for _, rows in update}) == 1 for update in updates)
 
-    def test_without_it_each_half_of_a_batch_has_a_random_step(
+    def test_without_sandwich_each_half_of_a_batch_has_a_random_step(
         self, new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         run = new_run(budget_epochs=3, sandwich=False)
-        seen = self.steps(monkeypatch, run)
+        seen = self.budget_steps(monkeypatch, run)
         assert {rows for _, rows in seen} == {6}
         assert len({step for step, _ in seen}) > 2
 
 
 class TestPredict:
-    def test_answers_in_row_order(self, new_run: Callable[..., Run]) -> None:
+    def test_returns_logits_in_row_order(self, new_run: Callable[..., Run]) -> None:
         run, model = new_run(), new_network().eval()
         answers = run.trainer(model).predict(run.tokens, 2, "test")
         assert answers.shape == (48, 3)
         with torch.no_grad():
             for row in (0, 17, 47):
-                own = model(**inputs(run.tokens.batch(np.array([row]))), steps=2).logits
-                torch.testing.assert_close(answers[row], own[0], rtol=1e-4, atol=1e-5)
+                alone = model(**inputs(run.tokens.batch(np.array([row]))), steps=2).logits
+                torch.testing.assert_close(answers[row], alone[0], rtol=1e-4, atol=1e-5)
 
     def test_ignores_dropout(self, new_run: Callable[..., Run]) -> None:
         run, model = new_run(), new_network(hidden_dropout_prob=0.5).train()
@@ -542,7 +546,7 @@ class TestPredict:
         first, second = (trainer.predict(run.tokens, 4, "test") for _ in range(2))
         assert torch.equal(first, second)
 
-    def test_of_an_unseen_set(self, new_run: Callable[..., Run], tokenizer: Tokenizer) -> None:
+    def test_accepts_other_texts(self, new_run: Callable[..., Run], tokenizer: Tokenizer) -> None:
         run = new_run()
         other = TokenizedTexts(tokenizer, ["The crew painted a tug."], None, 16)
         assert run.trainer(new_network()).predict(other, 1, "test").shape == (1, 3)

@@ -1,4 +1,4 @@
-"""The commands that take over a classifier: add, import with texts, evaluate, recalibrate."""
+"""Commands for a Transformers classifier: models add, import --texts, evaluate, recalibrate."""
 
 from __future__ import annotations
 
@@ -37,23 +37,23 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def imported(folder: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a store with a model that was made of a classifier and texts."""
-    place = tmp_path_factory.mktemp("imported")
-    (place / "recipe.toml").write_text(RECIPE)
+    """Return a store with a model made from a classifier and unlabelled texts."""
+    root = tmp_path_factory.mktemp("imported")
+    (root / "recipe.toml").write_text(RECIPE)
     add_budgets(
         classifier=folder,
         texts=texts,
-        output=place / "store" / "mine" / "1",
-        recipe=Recipe.read(place / "recipe.toml", ladder="importance"),
-        work_dir=place / "work",
+        output=root / "store" / "mine" / "1",
+        recipe=Recipe.read(root / "recipe.toml", ladder="importance"),
+        work_dir=root / "work",
         threads=1,
         log=lambda _: None,
     )
-    return place / "store"
+    return root / "store"
 
 
 class TestAdd:
-    def test_a_classifier_gets_the_name_of_its_folder(
+    def test_a_classifier_is_added_once_under_the_name_of_its_folder(
         self, command: CommandLine, folder: Path, tmp_path: Path
     ) -> None:
         store = ("--model-store", tmp_path / "store", "--json")
@@ -62,10 +62,10 @@ class TestAdd:
         added = json.loads(outcome.out)
         assert (added["name"], added["version"]) == ("mine", 1)
         assert read_checkpoint(Path(added["path"])).label == "mine:1"
-        again = command("models", "add", folder, *store)
-        assert json.loads(again.out) == added
+        repeated = command("models", "add", folder, *store)
+        assert json.loads(repeated.out) == added
 
-    def test_another_name_and_ranges_for_int8(
+    def test_name_and_texts_set_the_name_and_the_int8_ranges(
         self, command: CommandLine, folder: Path, texts: Path, tmp_path: Path
     ) -> None:
         outcome = command(
@@ -75,7 +75,7 @@ class TestAdd:
         assert outcome.code == 0, outcome.err
         assert read_store(tmp_path / "store").latest("other").manifest.ranges
 
-    def test_options_of_a_classifier_are_none_of_a_checkpoint(
+    def test_options_for_classifiers_are_refused_for_checkpoints(
         self, command: CommandLine, model_store: Path, tmp_path: Path
     ) -> None:
         source = model_store / "topics" / "1"
@@ -87,7 +87,7 @@ class TestAdd:
 
 
 class TestImport:
-    def test_texts_alone_give_budgets(
+    def test_unlabelled_texts_are_enough_for_budgets(
         self, command: CommandLine, folder: Path, texts: Path, tmp_path: Path
     ) -> None:
         (tmp_path / "recipe.toml").write_text(RECIPE)
@@ -103,7 +103,7 @@ class TestImport:
         assert timing is not None
         assert timing.core_hour_price == 0.1
 
-    def test_its_report_needs_no_labels(
+    def test_the_report_needs_no_labels(
         self, command: CommandLine, texts: Path, imported: Path, tmp_path: Path
     ) -> None:
         source = ("--model", "mine", "--model-store", imported)
@@ -117,7 +117,7 @@ class TestImport:
         assert "cost of a million" in page
         assert (tmp_path / "report" / "levels.png").read_bytes().startswith(b"\x89PNG")
 
-    def test_new_texts_make_the_next_version(
+    def test_recalibrate_makes_the_next_version_with_the_same_weights(
         self, command: CommandLine, texts: Path, imported: Path, tmp_path: Path
     ) -> None:
         store = shutil.copytree(imported, tmp_path / "store")
@@ -143,7 +143,7 @@ class TestImport:
             (("--texts", "a.jsonl", "--effort", "days"), "'days' is not one of"),
         ],
     )
-    def test_what_does_not_go_together(
+    def test_conflicting_options_are_refused(
         self,
         command: CommandLine,
         folder: Path,

@@ -1,3 +1,5 @@
+"""Commands of the command line: their results, files and one-line errors."""
+
 from __future__ import annotations
 
 import json
@@ -42,18 +44,20 @@ def copied_store(model_store: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(model_store, tmp_path / "store"))
 
 
-def test_version(command: CommandLine) -> None:
+def test_version_prints_the_version(command: CommandLine) -> None:
     assert command("version").out == f"{budgetformer.__version__}\n"
 
 
-def test_without_a_command_it_says_what_there_is(command: CommandLine) -> None:
+def test_without_a_command_the_commands_are_listed(command: CommandLine) -> None:
     outcome = command()
     for name in ("serve", "classify", "train", "evaluate", "models", "version"):
         assert name in outcome.out + outcome.err
 
 
 @pytest.mark.parametrize("arguments", [["nonsense"], ["models", "nonsense"], ["version", "--x"]])
-def test_what_is_unknown_ends_with_code_2(command: CommandLine, arguments: list[str]) -> None:
+def test_unknown_commands_and_options_end_with_code_2(
+    command: CommandLine, arguments: list[str]
+) -> None:
     assert command(*arguments).code == 2
 
 
@@ -77,7 +81,7 @@ class TestModels:
     def test_list_of_an_empty_store(self, command: CommandLine, tmp_path: Path) -> None:
         assert json.loads(command("models", "list", "--json", "--model-store", tmp_path).out) == {}
 
-    def test_list_names_what_is_broken_and_lists_the_rest(
+    def test_list_reports_broken_models_and_lists_the_others(
         self, command: CommandLine, copied_store: Path
     ) -> None:
         broken = copied_store / TOPICS / "2" / "manifest.json"
@@ -89,13 +93,17 @@ class TestModels:
         assert complaint.startswith(f"{broken}: ")
 
     @pytest.mark.parametrize(("name", "version"), [("topics", 2), ("topics:1", 1), ("tags", 1)])
-    def test_show(self, command: CommandLine, model_store: Path, name: str, version: int) -> None:
+    def test_show_prints_the_manifest(
+        self, command: CommandLine, model_store: Path, name: str, version: int
+    ) -> None:
         manifest = json.loads(command("models", "show", name, "--model-store", model_store).out)
         assert manifest["name"] == name.partition(":")[0]
         assert manifest["version"] == version
         assert manifest["policy"] or manifest["operating_points"]
 
-    def test_show_of_a_chain(self, command: CommandLine, model_store: Path) -> None:
+    def test_show_prints_the_policy_of_a_chain(
+        self, command: CommandLine, model_store: Path
+    ) -> None:
         manifest = json.loads(command("models", "show", CHAINED, "--model-store", model_store).out)
         policy = manifest["policy"]
         assert (policy["measure"], policy["chain"]) == ("agreement", list(CHAIN))
@@ -104,13 +112,13 @@ class TestModels:
             assert sum(level["budgets"].values()) == pytest.approx(1)
 
     @pytest.mark.parametrize("name", ["nothing", "topics:9"])
-    def test_show_of_what_is_not_there(
+    def test_show_of_a_missing_model_is_one_line(
         self, command: CommandLine, model_store: Path, name: str
     ) -> None:
         line = command("models", "show", name, "--model-store", model_store).complaint()
         assert name.partition(":")[0] in line
 
-    def test_verify_all(self, command: CommandLine, model_store: Path) -> None:
+    def test_verify_checks_every_version(self, command: CommandLine, model_store: Path) -> None:
         outcome = command("models", "verify", "--model-store", model_store)
         assert outcome.code == 0
         assert [line.partition(": ")[0] for line in outcome.out.splitlines()] == [
@@ -122,11 +130,11 @@ class TestModels:
             "topics:2",
         ]
 
-    def test_verify_one(self, command: CommandLine, model_store: Path) -> None:
+    def test_verify_checks_one_version(self, command: CommandLine, model_store: Path) -> None:
         outcome = command("models", "verify", "topics:1", "--model-store", model_store)
         assert outcome.out.startswith("topics:1: ")
 
-    def test_verify_a_folder(self, command: CommandLine, model_store: Path) -> None:
+    def test_verify_checks_a_folder(self, command: CommandLine, model_store: Path) -> None:
         assert command("models", "verify", model_store / TOPICS / "1").code == 0
 
     def test_verify_names_the_damaged_file(self, command: CommandLine, copied_store: Path) -> None:
@@ -135,7 +143,7 @@ class TestModels:
         outcome = command("models", "verify", "topics:1", "--model-store", copied_store)
         assert str(damaged) in outcome.complaint()
 
-    def test_verify_goes_on_after_a_damaged_model(
+    def test_verify_continues_after_a_damaged_model(
         self, command: CommandLine, copied_store: Path
     ) -> None:
         (copied_store / PAIRS / "1" / "tokenizer.json").unlink()
@@ -146,7 +154,7 @@ class TestModels:
 
 
 class TestClassify:
-    def test_arguments(self, command: CommandLine, model_store: Path) -> None:
+    def test_texts_may_be_arguments(self, command: CommandLine, model_store: Path) -> None:
         outcome = command("classify", *TEXTS, "--model", TOPICS, "--model-store", model_store)
         answers = lines(outcome)
         assert [answer["text"] for answer in answers] == TEXTS
@@ -155,13 +163,15 @@ class TestClassify:
             assert answer["score"] == max(answer["probs"])
             assert sum(answer["probs"]) == pytest.approx(1)
 
-    def test_stdin(self, command: CommandLine, model_store: Path) -> None:
-        given = "\n".join(TEXTS) + "\n"
-        outcome = command("classify", "--model", TOPICS, "--model-store", model_store, stdin=given)
+    def test_texts_may_be_lines_of_stdin(self, command: CommandLine, model_store: Path) -> None:
+        stdin = "\n".join(TEXTS) + "\n"
+        outcome = command("classify", "--model", TOPICS, "--model-store", model_store, stdin=stdin)
         assert [answer["text"] for answer in lines(outcome)] == TEXTS
 
     @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
-    def test_file(self, command: CommandLine, model_store: Path, tmp_path: Path, kind: str) -> None:
+    def test_texts_may_be_in_a_file(
+        self, command: CommandLine, model_store: Path, tmp_path: Path, kind: str
+    ) -> None:
         path = tmp_path / f"texts.{kind}"
         if kind == "csv":
             path.write_text("".join(f'"{text}"\n' for text in ["text", *TEXTS]))
@@ -176,7 +186,9 @@ class TestClassify:
         )
         assert [answer["text"] for answer in lines(outcome)] == TEXTS
 
-    def test_a_file_of_pairs(self, command: CommandLine, model_store: Path, tmp_path: Path) -> None:
+    def test_a_file_may_have_pairs(
+        self, command: CommandLine, model_store: Path, tmp_path: Path
+    ) -> None:
         rows = [{"text": TEXTS[0], "text_pair": TEXTS[1]}]
         path = write_jsonl(tmp_path / "pairs.jsonl", rows)
         outcome = command(
@@ -185,10 +197,10 @@ class TestClassify:
         (answer,) = lines(outcome)
         assert answer["label"] in ("same", "other")
 
-    def test_nothing_on_stdin_is_no_answer(self, command: CommandLine, model_store: Path) -> None:
+    def test_empty_stdin_gives_no_answers(self, command: CommandLine, model_store: Path) -> None:
         assert lines(command("classify", "--model", TOPICS, "--model-store", model_store)) == []
 
-    def test_the_highest_version_answers_unless_one_is_named(
+    def test_the_highest_version_is_the_default(
         self, command: CommandLine, model_store: Path
     ) -> None:
         probs = {
@@ -200,7 +212,7 @@ class TestClassify:
         assert probs["topics"] == probs["topics:2"] != probs["topics:1"]
 
     @pytest.mark.parametrize("quality", ["fast", "balanced", "best", "1.5"])
-    def test_answers_are_those_of_the_library(
+    def test_answers_equal_those_of_the_library(
         self, command: CommandLine, model_store: Path, quality: str
     ) -> None:
         level = 1.5 if quality == "1.5" else quality
@@ -220,7 +232,9 @@ class TestClassify:
         ]
 
     @pytest.mark.parametrize("heads", [0, 1, 4])
-    def test_a_fixed_budget(self, command: CommandLine, model_store: Path, heads: int) -> None:
+    def test_heads_sets_a_fixed_budget(
+        self, command: CommandLine, model_store: Path, heads: int
+    ) -> None:
         outcome = command(
             "classify", TEXTS[0], "--model", TOPICS, "--heads", heads, "--model-store", model_store
         )
@@ -238,7 +252,7 @@ class TestClassify:
             (["text", "--output", "nowhere/answers.csv"], 1, "nowhere"),
         ],
     )
-    def test_what_cannot_be_done_is_one_line(
+    def test_an_invalid_request_is_one_line(
         self, command: CommandLine, model_store: Path, arguments: list[str], code: int, word: str
     ) -> None:
         outcome = command("classify", *arguments, "--model-store", model_store)
@@ -253,7 +267,7 @@ class TestClassifyToAFile:
     def source(self, tmp_path: Path) -> Path:
         return write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in TEXTS])
 
-    def run(
+    def classify(
         self, command: CommandLine, store: Path, source: Path, output: Path, *more: str
     ) -> Outcome:
         return command(
@@ -261,76 +275,80 @@ class TestClassifyToAFile:
             "--model-store", store, *more,
         )  # fmt: skip
 
-    def test_a_summary(
+    def test_a_summary_is_printed(
         self, command: CommandLine, model_store: Path, source: Path, tmp_path: Path
     ) -> None:
-        outcome = self.run(command, model_store, source, tmp_path / "a.jsonl", "--json")
+        outcome = self.classify(command, model_store, source, tmp_path / "a.jsonl", "--json")
         assert (outcome.code, outcome.err) == (0, "")
-        found = json.loads(outcome.out)
-        assert (found["rows"], found["rows_resumed"]) == (len(TEXTS), 0)
-        assert found["labels"] == dict.fromkeys(LABELS, 1)
+        summary = json.loads(outcome.out)
+        assert (summary["rows"], summary["rows_resumed"]) == (len(TEXTS), 0)
+        assert summary["labels"] == dict.fromkeys(LABELS, 1)
         written = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
         assert [row["text"] for row in written] == TEXTS
-        assert found["mean_heads"] == pytest.approx(sum(r["heads"] for r in written) / len(TEXTS))
-        shown = self.run(command, model_store, source, tmp_path / "b.csv")
+        assert summary["mean_heads"] == pytest.approx(sum(r["heads"] for r in written) / len(TEXTS))
+        shown = self.classify(command, model_store, source, tmp_path / "b.csv")
         assert "rows" in shown.out
         assert (tmp_path / "b.csv").is_file()
         assert "\x1b" not in shown.out
 
-    def test_only_with_resume_what_is_there_is_left_alone(
+    def test_an_existing_output_is_an_error_or_with_resume_kept(
         self, command: CommandLine, model_store: Path, source: Path, tmp_path: Path
     ) -> None:
         output = tmp_path / "a.csv"
-        assert self.run(command, model_store, source, output).code == 0
+        assert self.classify(command, model_store, source, output).code == 0
         before = output.read_bytes()
-        assert "exists" in self.run(command, model_store, source, output).complaint()
-        outcome = self.run(command, model_store, source, output, "--resume")
+        assert "exists" in self.classify(command, model_store, source, output).complaint()
+        outcome = self.classify(command, model_store, source, output, "--resume")
         assert (outcome.code, outcome.out) == (0, "")
         assert "nothing is left" in outcome.err
         assert output.read_bytes() == before
 
-    def test_a_bad_row_can_be_mended_and_the_run_goes_on(
+    def test_a_run_resumes_after_a_bad_row_was_corrected(
         self, command: CommandLine, model_store: Path, source: Path, tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:  # fmt: skip
         monkeypatch.setattr("budgetformer.bulk.run.CHUNK_ROWS", 1)
-        sound = source.read_text()
-        source.write_text(sound.replace(TEXTS[2], 'now" "what'))
+        valid = source.read_text()
+        source.write_text(valid.replace(TEXTS[2], 'now" "what'))
         output = tmp_path / "a.jsonl"
         more = ("--workers", "1", "--json", "--resume")
-        line = self.run(command, model_store, source, output, *more).complaint()
+        line = self.classify(command, model_store, source, output, *more).complaint()
         assert "row 3" in line
         assert not output.exists()
-        source.write_text(sound)
-        found = json.loads(self.run(command, model_store, source, output, *more).out)
-        assert found["rows"] == len(TEXTS)
-        assert found["rows_resumed"] > 0
+        source.write_text(valid)
+        summary = json.loads(self.classify(command, model_store, source, output, *more).out)
+        assert summary["rows"] == len(TEXTS)
+        assert summary["rows_resumed"] > 0
         written = [json.loads(line) for line in output.read_text().splitlines()]
         assert [row["text"] for row in written] == TEXTS
 
-    def test_an_empty_file(self, command: CommandLine, model_store: Path, tmp_path: Path) -> None:
+    def test_an_empty_file_gives_a_header_alone(
+        self, command: CommandLine, model_store: Path, tmp_path: Path
+    ) -> None:
         source = write_jsonl(tmp_path / "none.jsonl", [])
-        outcome = self.run(command, model_store, source, tmp_path / "a.csv", "--json")
+        outcome = self.classify(command, model_store, source, tmp_path / "a.csv", "--json")
         assert json.loads(outcome.out)["rows"] == 0
         assert (tmp_path / "a.csv").read_text().startswith("text,label,score,")
 
-    @pytest.mark.parametrize("wrong", [["--resume"], ["text", "--file", "x.csv"]])
-    def test_what_does_not_go_together(self, command: CommandLine, wrong: list[str]) -> None:
-        assert command("classify", *wrong).code == 2
+    @pytest.mark.parametrize("options", [["--resume"], ["text", "--file", "x.csv"]])
+    def test_conflicting_options_are_refused(
+        self, command: CommandLine, options: list[str]
+    ) -> None:
+        assert command("classify", *options).code == 2
 
 
 class TestAdd:
-    def test_a_folder_and_again(
+    def test_adding_a_folder_twice_makes_two_versions(
         self, command: CommandLine, model_store: Path, tmp_path: Path
     ) -> None:
         add = ("models", "add", model_store / TOPICS / "1", "--model-store", tmp_path / "new")
         assert "topics:1" in command(*add).out
-        found = json.loads(command(*add, "--json").out)
-        assert (found["name"], found["version"]) == (TOPICS, 2)
+        added = json.loads(command(*add, "--json").out)
+        assert (added["name"], added["version"]) == (TOPICS, 2)
         listed = command("models", "list", "--json", "--model-store", tmp_path / "new")
         assert json.loads(listed.out) == {TOPICS: [1, 2]}
 
-    def test_what_cannot_be_added_is_one_line(self, command: CommandLine, tmp_path: Path) -> None:
+    def test_a_missing_source_is_one_line(self, command: CommandLine, tmp_path: Path) -> None:
         line = command(
             "models", "add", tmp_path / "none.zip", "--model-store", tmp_path
         ).complaint()
@@ -338,7 +356,7 @@ class TestAdd:
 
 
 def complete(line: str, cwd: Path) -> list[str]:
-    """Return what bash would be offered after this line."""
+    """Return the completions that bash is offered for a line."""
     words = line.split(" ")
     done = subprocess.run(
         [sys.executable, "-c", "import sys; sys.argv[0] = 'budgetformer'; "
@@ -364,7 +382,9 @@ def complete(line: str, cwd: Path) -> list[str]:
         ("budgetformer models show pa", ["pairs", "pairs:1"]),
     ],
 )
-def test_the_shell_completes(model_store: Path, line: str, offered: list[str]) -> None:
+def test_bash_completes_commands_options_and_models(
+    model_store: Path, line: str, offered: list[str]
+) -> None:
     assert model_store.name == "store"
     (model_store.parent / "model_store").is_symlink() or (
         model_store.parent / "model_store"
@@ -373,7 +393,7 @@ def test_the_shell_completes(model_store: Path, line: str, offered: list[str]) -
 
 
 class TestEvaluate:
-    def test_every_level_and_the_full_budget(
+    def test_reports_every_level_and_the_full_budget(
         self, command: CommandLine, model_store: Path, tmp_path: Path
     ) -> None:
         data = write_jsonl(tmp_path / "test.jsonl", single_label_rows())
@@ -399,7 +419,7 @@ class TestEvaluate:
         assert rows[-1]["accuracy"] > 0.9
         assert rows[0]["macs_share"] < rows[1]["macs_share"] < rows[-1]["macs_share"]
 
-    def test_a_report_beside_dense_networks_trained_on_the_same_texts(
+    def test_a_report_compares_with_dense_networks_trained_on_the_same_texts(
         self, command: CommandLine, tmp_path: Path
     ) -> None:
         data = write_jsonl(tmp_path / "rows.jsonl", single_label_rows())
@@ -419,8 +439,8 @@ class TestEvaluate:
         named = {name: level.macs_share for name, level in manifest.named_levels.items()}
         assert named["fast"] <= 0.3
         assert named["balanced"] <= 0.6
-        chosen = ["--data", data, "--recipe", recipe, "--out", dense]
-        assert baselines.main([str(word) for word in chosen]) == 0
+        arguments = ["--data", data, "--recipe", recipe, "--out", dense]
+        assert baselines.main([str(word) for word in arguments]) == 0
         assert not list(tmp_path.glob(".dense*"))
         report = tmp_path / "report"
         outcome = command(
@@ -429,22 +449,22 @@ class TestEvaluate:
         )  # fmt: skip
         assert outcome.code == 0, outcome.err
         assert "60 test texts" in outcome.out
-        found = json.loads((report / "report.json").read_text())
-        assert {way["rows"] for way in found["ways"]} == {60}
-        assert {c["baseline"] for c in found["comparisons"]} <= {
+        written = json.loads((report / "report.json").read_text())
+        assert {way["rows"] for way in written["ways"]} == {60}
+        assert {c["baseline"] for c in written["comparisons"]} <= {
             "fixed step", "early exit", "confidence cascade", "step 0, then dense", "smaller dense",
             "step 0, then smaller dense",
         }  # fmt: skip
-        assert "dense" in {way["name"] for way in found["ways"]}
-        curves = {curve["name"]: curve for curve in found["curves"]}
+        assert "dense" in {way["name"] for way in written["ways"]}
+        curves = {curve["name"]: curve for curve in written["curves"]}
         assert {"early exit", "step 0, then dense"} <= curves.keys()
         costs = curves["step 0, then dense"]["cost"]
         assert (min(costs), max(costs) <= 1) == (0, True)
-        # The dense network of the report learned alone, and the checkpoint's what step 0 left over.
+        # The baseline was trained without step 0, unlike the dense network of the checkpoint.
         assert not baselines.read_baseline(dense).model.config.embedding_exit
         assert not [path for path in made.parent.iterdir() if path != made]
 
-    def test_labels_that_the_model_does_not_have(
+    def test_labels_unknown_to_the_model_are_one_line(
         self, command: CommandLine, model_store: Path, tmp_path: Path
     ) -> None:
         data = write_jsonl(tmp_path / "test.jsonl", [{"text": "a", "label": "cooking"}])
@@ -453,7 +473,7 @@ class TestEvaluate:
         )
         assert "cooking" in outcome.complaint()
 
-    def test_data_that_is_not_there(
+    def test_missing_data_is_one_line(
         self, command: CommandLine, model_store: Path, tmp_path: Path
     ) -> None:
         outcome = command(
@@ -462,7 +482,7 @@ class TestEvaluate:
         )  # fmt: skip
         assert "none.csv" in outcome.complaint()
 
-    def test_a_server_that_is_not_there(
+    def test_an_unreachable_server_is_one_line(
         self, command: CommandLine, model_store: Path, tmp_path: Path
     ) -> None:
         data = write_jsonl(tmp_path / "test.jsonl", single_label_rows()[:3])
@@ -474,7 +494,7 @@ class TestEvaluate:
 
 
 class TestTables:
-    """Every command refuses a damaged table by the same line."""
+    """Every command refuses an invalid table with the same line."""
 
     @pytest.mark.parametrize(
         ("name", "content", "message"),
@@ -485,7 +505,7 @@ class TestTables:
              ", row 1 (line 1): column 'text' holds an integer, not a string"),
         ],
     )  # fmt: skip
-    def test_every_command(
+    def test_every_command_refuses_an_invalid_table(
         self,
         command: CommandLine,
         model_store: Path,
@@ -497,21 +517,23 @@ class TestTables:
         path = tmp_path / name
         path.write_text(content)
         model = ("--model", TOPICS, "--model-store", model_store)
-        made = ("--out", tmp_path / "store" / "new" / "1")
+        out = ("--out", tmp_path / "store" / "new" / "1")
         encoder = tmp_path / "encoder"
         encoder.mkdir()
         for arguments in (
             ("classify", "--file", path, *model),
             ("evaluate", "--data", path, *model),
-            ("calibrate", "--data", path, *made, *model),
-            ("train", "--data", path, *made),
-            ("import", encoder, "--data", path, *made),
+            ("calibrate", "--data", path, *out, *model),
+            ("train", "--data", path, *out),
+            ("import", encoder, "--data", path, *out),
             ("bench", "agreement", "--data", path, *model),
         ):
             assert f"{name}{message}" in command(*arguments).complaint()
         assert not (tmp_path / "store").exists()
 
-    def test_a_folder(self, command: CommandLine, model_store: Path, tmp_path: Path) -> None:
+    def test_evaluate_accepts_a_folder_with_a_test_file(
+        self, command: CommandLine, model_store: Path, tmp_path: Path
+    ) -> None:
         model = ("--model", TOPICS, "--model-store", model_store)
         outcome = command("classify", "--file", tmp_path, *model)
         assert f"{tmp_path}: a folder; name a" in outcome.complaint()
@@ -525,7 +547,7 @@ class TestTables:
 
 
 class TestCalibrate:
-    def test_levels_are_found_anew_and_weights_stay(
+    def test_calibrate_makes_new_levels_with_the_same_weights(
         self, command: CommandLine, model_store: Path, tmp_path: Path
     ) -> None:
         data = write_jsonl(tmp_path / "mine.jsonl", single_label_rows())
@@ -545,7 +567,7 @@ class TestCalibrate:
         weights = "model.safetensors"
         assert after.manifest.files[weights] == before.manifest.files[weights]
 
-    def test_agreement_needs_no_labels(
+    def test_calibrating_for_agreement_needs_no_labels(
         self, command: CommandLine, model_store: Path, tmp_path: Path
     ) -> None:
         texts = [{"text": row["text"]} for row in single_label_rows()]
@@ -572,7 +594,7 @@ class TestCalibrate:
         assert rows["balanced"]["agreement"] >= 0.95
         assert sum(row["cheaper"] for row in rows.values()) == 0
 
-    def test_layers_that_decide_for_themselves_have_no_agreement(
+    def test_networks_whose_layers_decide_cannot_be_calibrated_for_agreement(
         self, command: CommandLine, tmp_path: Path
     ) -> None:
         made = tmp_path / "store" / "layers" / "1"
@@ -584,7 +606,7 @@ class TestCalibrate:
         )  # fmt: skip
         assert "cannot be calibrated for agreement" in outcome.complaint()
 
-    def test_seconds_of_another_model_are_refused(
+    def test_a_cost_table_of_another_model_is_refused(
         self, command: CommandLine, model_store: Path, tmp_path: Path
     ) -> None:
         data = write_jsonl(tmp_path / "mine.jsonl", single_label_rows())
@@ -597,7 +619,7 @@ class TestCalibrate:
             outcome = command("calibrate", *made, *source, "--cost-tables", table)
             assert complaint in outcome.complaint()
 
-    def test_seconds_decide_where_a_table_has_them(
+    def test_a_cost_table_replaces_multiply_adds_by_seconds(
         self, command: CommandLine, model_store: Path, tmp_path: Path
     ) -> None:
         data = write_jsonl(tmp_path / "mine.jsonl", single_label_rows())
@@ -612,21 +634,21 @@ class TestCalibrate:
         assert outcome.code == 0, outcome.err
         policy = read_checkpoint(made).manifest.policy
         assert policy is not None
-        assert len(policy.chain) <= 2  # every pass takes as long, so a second one never pays
+        assert len(policy.chain) <= 2  # all passes take equally long, so a second never pays
 
-    def test_what_is_there_is_not_overwritten(
+    def test_an_existing_version_is_not_overwritten(
         self, command: CommandLine, model_store: Path, tmp_path: Path
     ) -> None:
         data = write_jsonl(tmp_path / "mine.jsonl", single_label_rows())
         source = ("--model", "topics:1", "--model-store", model_store)
-        there = model_store / "topics" / "2"
-        outcome = command("calibrate", "--data", data, "--out", there, *source)
+        existing = model_store / "topics" / "2"
+        outcome = command("calibrate", "--data", data, "--out", existing, *source)
         assert "exists" in outcome.complaint()
 
     @pytest.mark.parametrize(
         ("rows", "version", "word"), [(3, "3", "3 rows"), (None, "next", "version number")]
     )
-    def test_what_cannot_be_done_is_one_line(
+    def test_too_few_rows_or_an_invalid_version_are_one_line(
         self,
         command: CommandLine,
         model_store: Path,

@@ -1,3 +1,5 @@
+"""Autoscaling of a pool by the seconds of work that wait."""
+
 from __future__ import annotations
 
 from types import SimpleNamespace
@@ -16,9 +18,9 @@ from service.cluster.autoscaling import QueueSeconds, replicas_for
         ([0.0, 0.0, 0.0], [0.7, 0.6, 0.6], 3),
         ([0.01], [0.1], 1),
     ],
-    ids=["at rest", "work waits", "busy without a queue", "hardly anything"],
+    ids=["idle", "work waits", "busy without a queue", "nearly idle"],
 )
-def test_a_pool_has_as_many_as_its_work_needs(
+def test_a_pool_has_the_replicas_that_its_work_needs(
     queues: list[float], busy: list[float], wanted: int
 ) -> None:
     assert replicas_for(queues, busy, target=0.25) == wanted
@@ -28,11 +30,11 @@ def context(metrics: dict[str, dict[str, float]] | None) -> Any:
     return SimpleNamespace(aggregated_metrics=metrics, target_num_replicas=3)
 
 
-def test_the_policy_reads_what_replicas_say() -> None:
-    told = {"queue_seconds": {"a": 1.0, "b": 0.0}, "busy": {"a": 1.0, "b": 0.1}}
-    assert QueueSeconds(target=0.5)(context(told)) == (2, {})
+def test_the_policy_reads_the_reports_of_replicas() -> None:
+    metrics = {"queue_seconds": {"a": 1.0, "b": 0.0}, "busy": {"a": 1.0, "b": 0.1}}
+    assert QueueSeconds(target=0.5)(context(metrics)) == (2, {})
 
 
-@pytest.mark.parametrize("told", [None, {}])
-def test_while_nobody_says_anything_nothing_changes(told: dict[str, Any] | None) -> None:
-    assert QueueSeconds(target=0.5)(context(told)) == (3, {})
+@pytest.mark.parametrize("metrics", [None, {}])
+def test_without_reports_the_number_of_replicas_stays(metrics: dict[str, Any] | None) -> None:
+    assert QueueSeconds(target=0.5)(context(metrics)) == (3, {})

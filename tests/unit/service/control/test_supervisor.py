@@ -1,4 +1,7 @@
-"""When a child counts as silent; the rest of the supervisor is tested with real processes."""
+"""A supervised child: when it counts as silent, and restarts after failed starts.
+
+Integration and end-to-end tests cover the supervisor as a whole.
+"""
 
 from __future__ import annotations
 
@@ -19,40 +22,40 @@ from tests.support.waiting import until
 PATIENCE = 100.0
 
 
-async def run() -> Process:
+async def start_sleeping() -> Process:
     return await start([sys.executable, "-c", "import time; time.sleep(600)"], Settings())
 
 
 @pytest.fixture
 def child() -> _Child:
-    return _Child("one", run, lambda *_: None)
+    return _Child("one", start_sleeping, lambda *_: None)
 
 
-def test_a_child_may_be_silent_until_it_has_said_something(child: _Child) -> None:
+def test_a_child_may_be_silent_for_longer_before_its_first_message(child: _Child) -> None:
     child.started = 1000.0
     assert child.silent_since(None, PATIENCE) == 1100.0
     assert child.silent_since(1010.0, PATIENCE) == 1010.0
     assert child.silent_since(None, PATIENCE) == 1010.0
 
 
-def test_one_whose_connection_breaks_was_heard_until_then(child: _Child) -> None:
+def test_the_last_message_counts_after_the_connection_broke(child: _Child) -> None:
     child.started = 1000.0
     assert child.silent_since(5000.0, PATIENCE) == 5000.0
     assert child.silent_since(None, PATIENCE) == 5000.0
     assert child.silent_since(5001.0, PATIENCE) == 5001.0
 
 
-def test_what_was_heard_of_the_one_before_says_nothing_of_the_next(child: _Child) -> None:
+def test_messages_before_a_restart_do_not_count_after_it(child: _Child) -> None:
     child.started = 1000.0
     child.silent_since(5000.0, PATIENCE)
     child.started = 6000.0
     assert child.silent_since(None, PATIENCE) == 6100.0
 
 
-async def test_only_one_that_is_to_go_on_is_watched(child: _Child) -> None:
+async def test_a_child_is_watched_until_it_is_stopped(child: _Child) -> None:
     assert not child.watched
     running = asyncio.create_task(child.keep_running())
-    await until(lambda: child.pid is not None, "its start")
+    await until(lambda: child.pid is not None, "the start of the process")
     assert child.watched
     await child.stop(30)
     assert not child.watched
@@ -66,40 +69,40 @@ ERRORS = (
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-async def test_one_that_cannot_be_started_is_tried_again_and_reported(
+async def test_failed_starts_are_retried_with_backoff_and_reported(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervisor, "FIRST_BACKOFF", 0.001)
-    tries, told = 0, []
+    tries, reports = 0, []
 
-    async def start_at_last() -> Process:
+    async def start_at_fifth_try() -> Process:
         nonlocal tries
         tries += 1
         if tries <= 4:
             raise error
-        return await run()
+        return await start_sleeping()
 
-    child = _Child("frontend-3", start_at_last, lambda *words: told.append(words))
+    child = _Child("frontend-3", start_at_fifth_try, lambda *report: reports.append(report))
     with capture_logs() as lines:
         running = asyncio.create_task(child.keep_running())
-        await until(lambda: child.pid is not None, "its start")
+        await until(lambda: child.pid is not None, "the start of the process")
     child.mark_serving()
-    assert [name for name, _ in told] == ["frontend-3"] * 3
-    assert [reason is None for _, reason in told] == [False, False, True]
-    assert type(error).__name__ in told[0][1]
-    assert "3 failed starts in a row" in told[0][1]
+    assert [name for name, _ in reports] == ["frontend-3"] * 3
+    assert [reason is None for _, reason in reports] == [False, False, True]
+    assert type(error).__name__ in reports[0][1]
+    assert "3 failed starts in a row" in reports[0][1]
     assert [line["restart_in"] for line in lines] == [0.001, 0.002, 0.004, 0.008]
     assert not running.done()
     await child.stop(30)
     await running
 
 
-async def test_one_that_starts_while_it_is_stopped_does_not_go_on() -> None:
+async def test_a_child_stopped_during_its_start_does_not_run() -> None:
     gate = asyncio.Event()
 
     async def start_slowly() -> Process:
         await gate.wait()
-        return await run()
+        return await start_sleeping()
 
     child = _Child("one", start_slowly, lambda *_: None)
     running = asyncio.create_task(child.keep_running())

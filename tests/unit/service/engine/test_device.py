@@ -1,4 +1,4 @@
-"""On which GPU an engine computes."""
+"""The GPU on which an engine computes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from service.settings import Settings
     ("gpus", "index", "expected"),
     [(1, 0, "cuda"), (1, 3, "cuda"), (2, 1, "cuda:1"), (2, 2, "cuda:0")],
 )
-def test_gpus_are_dealt_out_in_turn(
+def test_engines_are_assigned_to_gpus_in_turn(
     monkeypatch: pytest.MonkeyPatch, gpus: int, index: int, expected: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)

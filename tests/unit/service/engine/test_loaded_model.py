@@ -1,4 +1,4 @@
-"""What an engine lays out as it loads a model."""
+"""The weights that an engine packs while it loads a model, and their precision."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from service.engine import loaded_model as models
 from service.engine.loaded_model import load_model
 
 
-def test_steps_that_levels_use_are_laid_out(model_store: Path) -> None:
+def test_the_steps_of_all_levels_are_packed(model_store: Path) -> None:
     path = model_store / "topics" / "1"
     checkpoint = read_checkpoint(path)
     rules = [checkpoint.rule(name) for name in checkpoint.manifest.named_levels]
@@ -25,7 +25,7 @@ def test_steps_that_levels_use_are_laid_out(model_store: Path) -> None:
     assert packed == wanted - {()}
 
 
-def test_a_model_may_have_warm_up_steps_of_its_own(model_store: Path) -> None:
+def test_warm_up_steps_of_a_model_replace_those_of_its_levels(model_store: Path) -> None:
     path = model_store / "topics" / "1"
     steps = {"topics": [1, 99], "tags": [2]}
     network = load_model(path, "cpu", "float32", {}, warm_up_steps=steps).network
@@ -33,20 +33,20 @@ def test_a_model_may_have_warm_up_steps_of_its_own(model_store: Path) -> None:
     assert packed == {tuple(range(network.config.heads_per_layer(1)[0]))}
 
 
-def test_engines_that_are_timed_compute_in_one_precision(
+def test_engines_that_share_weights_use_the_precision_timed_first(
     model_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[str] = []
+    precisions: list[str] = []
 
     def load(checkpoint: Checkpoint, device: str, precision: str) -> PackedPass:
-        asked.append(precision)
+        precisions.append(precision)
         return load_network(checkpoint, device, "bfloat16" if precision == "fastest" else "float32")
 
     monkeypatch.setattr(models, "load_network", load)
     path = model_store / "topics" / "1"
     for _ in range(2):
         models._load(read_checkpoint(path), "cpu", "fastest", tmp_path)
-    assert asked == ["fastest", "bfloat16"]
+    assert precisions == ["fastest", "bfloat16"]
     models._load(read_checkpoint(path), "cpu", "fastest", None)
     models._load(read_checkpoint(path), "cpu", "auto", tmp_path)
-    assert asked[2:] == ["fastest", "auto"]
+    assert precisions[2:] == ["fastest", "auto"]

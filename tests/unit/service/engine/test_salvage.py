@@ -1,3 +1,5 @@
+"""Failed batches are halved until each item is computed or failed; a lost device ends them."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -14,11 +16,11 @@ PROPERTY = settings(max_examples=100, deadline=None, derandomize=True, database=
 
 
 def usable(_: Exception) -> None:
-    """The device computes: errors are those of the items."""
+    """Stand for a check of the device that passes, so that items caused the error."""
 
 
 class Device:
-    """Runs batches of numbers: some are poison, and memory takes so many at once."""
+    """Runs batches of numbers; the numbers in `poison` fail, and so do more than `room` at once."""
 
     def __init__(self, poison: set[int], room: int) -> None:
         self.done: list[int] = []
@@ -40,7 +42,7 @@ class Device:
 
 @PROPERTY
 @given(st.integers(1, 64), st.sets(st.integers(0, 63), max_size=5), st.integers(1, 80))
-def test_every_item_is_done_once_or_fails_for_itself(
+def test_every_item_is_computed_once_or_fails_alone(
     count: int, poison: set[int], room: int
 ) -> None:
     device, items = Device(poison, room), list(range(count))
@@ -49,20 +51,20 @@ def test_every_item_is_done_once_or_fails_for_itself(
     assert sorted(device.done + device.failed) == items
 
 
-def test_one_poisoned_item_costs_two_passes_per_halving() -> None:
+def test_a_failing_item_costs_two_passes_per_halving() -> None:
     device = Device({17}, 100)
     assert salvage(device.run, range(64), device.fail, usable) is None
     assert device.passes == 1 + 2 * 6
 
 
-@pytest.mark.parametrize(("room", "found"), [(64, None), (32, 32), (20, 16), (1, 1)])
-def test_what_memory_has_room_for_is_found_out(room: int, found: int | None) -> None:
+@pytest.mark.parametrize(("room", "limit"), [(64, None), (32, 32), (20, 16), (1, 1)])
+def test_the_largest_batch_that_fits_into_memory_is_returned(room: int, limit: int | None) -> None:
     device = Device(set(), room)
-    assert salvage(device.run, range(64), device.fail, usable) == found
+    assert salvage(device.run, range(64), device.fail, usable) == limit
     assert device.done == list(range(64))
 
 
-def test_an_item_that_memory_has_no_room_for_fails_alone() -> None:
+def test_an_item_that_does_not_fit_into_memory_fails_alone() -> None:
     device = Device(set(), 0)
     assert salvage(device.run, range(4), device.fail, usable) == 1
     assert device.failed == [0, 1, 2, 3]
@@ -78,7 +80,7 @@ def test_an_item_that_memory_has_no_room_for_fails_alone() -> None:
     ],
     ids=["MemoryError", "RuntimeError"],
 )
-def test_a_cpu_says_so_in_its_own_ways(error: Exception) -> None:
+def test_errors_of_cpu_memory_are_recognized(error: Exception) -> None:
     def run(batch: Sequence[int]) -> None:
         if len(batch) > 3:
             raise error
@@ -86,7 +88,7 @@ def test_a_cpu_says_so_in_its_own_ways(error: Exception) -> None:
     assert salvage(run, range(8), lambda *_: None, usable) == 2
 
 
-def test_what_the_allocator_really_says() -> None:
+def test_the_error_of_torchs_cpu_allocator_is_recognized() -> None:
     def run(batch: Sequence[int]) -> None:
         if len(batch) > 1:
             torch.empty(2**58, dtype=torch.uint8)
@@ -95,7 +97,7 @@ def test_what_the_allocator_really_says() -> None:
 
 
 class TestLostDevice:
-    """Errors after which the device computes nothing any more, as a probe tells."""
+    """A probe shows that the device no longer computes anything."""
 
     @staticmethod
     def lost() -> None:
@@ -112,7 +114,7 @@ class TestLostDevice:
             ValueError("any error that comes with it"),
         ],
     )
-    def test_no_item_is_blamed_and_nothing_is_tried_again(self, error: Exception) -> None:
+    def test_no_item_fails_and_nothing_is_retried(self, error: Exception) -> None:
         passes, failed = [], []
 
         def run(batch: Sequence[int]) -> None:
@@ -124,22 +126,22 @@ class TestLostDevice:
                 run,
                 range(192),
                 lambda item, _: failed.append(item),
-                lambda found: check_device(self.lost, found),
+                lambda cause: check_device(self.lost, cause),
             )
         assert len(passes) == 1
         assert failed == []
 
-    def test_the_text_that_an_error_quotes_is_not_told(self) -> None:
+    def test_the_error_does_not_repeat_the_message_of_its_cause(self) -> None:
         with pytest.raises(DeviceLostError) as caught:
             check_device(self.lost, RuntimeError("private text"))
         assert "private" not in str(caught.value)
 
     @pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), MemoryError()])
-    def test_a_probe_without_memory_is_no_loss(self, error: Exception) -> None:
+    def test_a_probe_without_memory_is_not_a_lost_device(self, error: Exception) -> None:
         def probe() -> None:
             raise error
 
         check_device(probe, RuntimeError("poison"))
 
-    def test_a_real_device_that_works(self) -> None:
+    def test_the_probe_of_a_working_device_passes(self) -> None:
         check_device(lambda: probe_device("cpu"), RuntimeError("poison"))

@@ -1,4 +1,4 @@
-"""The messages agree with the public protocol, and are decoded within limits."""
+"""Messages of KServe's gRPC protocol: equal to the public definitions, decoded within limits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from service.http.errors import CLASSIFYING, CLIENT_GONE, REASONS, ApiError
 INFER, _ = messages.messages_of(messages.INFERENCE, "ModelInfer")
 
 
-def test_the_compiled_messages_are_those_of_the_definitions(tmp_path: Path) -> None:
+def test_the_compiled_messages_are_current(tmp_path: Path) -> None:
     folder, made = Path(messages.__file__).parent, tmp_path / "messages.binpb"
     arguments = [f"--proto_path={folder}", f"--descriptor_set_out={made}"]
     assert protoc.main(["protoc", *arguments, "inference.proto", "health.proto"]) == 0
@@ -28,43 +28,43 @@ def test_the_compiled_messages_are_those_of_the_definitions(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.method)
-def test_names_and_numbers_are_those_of_the_public_protocol(call: Any) -> None:
+def test_fields_equal_those_of_the_public_protocol(call: Any) -> None:
     public = health_pb2 if call.service == messages.HEALTH else service_pb2
-    theirs = public.DESCRIPTOR.services_by_name[call.service.rpartition(".")[2]]
-    method = theirs.methods_by_name[call.method]
+    service = public.DESCRIPTOR.services_by_name[call.service.rpartition(".")[2]]
+    method = service.methods_by_name[call.method]
     request, response = messages.messages_of(call.service, call.method)
-    agree(request.DESCRIPTOR, method.input_type)
-    agree(response.DESCRIPTOR, method.output_type)
+    assert_same_fields(request.DESCRIPTOR, method.input_type)
+    assert_same_fields(response.DESCRIPTOR, method.output_type)
 
 
-def test_datatypes_have_the_numbers_of_the_public_protocol() -> None:
+def test_datatypes_equal_those_of_the_public_protocol() -> None:
     _, kind = messages.messages_of(messages.INFERENCE, "ModelConfig")
     config = kind.DESCRIPTOR.fields_by_name["config"].message_type
     ours = config.fields_by_name["input"].message_type.fields_by_name["data_type"].enum_type
-    theirs = dict(model_config_pb2.DataType.items())
-    assert {value.name: theirs[value.name] for value in ours.values} == {
+    public = dict(model_config_pb2.DataType.items())
+    assert {value.name: public[value.name] for value in ours.values} == {
         value.name: value.number for value in ours.values
     }
 
 
-def test_every_error_has_a_status() -> None:
+def test_every_http_error_has_a_grpc_status() -> None:
     assert set(STATUSES) >= {*CLASSIFYING, 500}
     assert set(STATUSES) <= {*REASONS, CLIENT_GONE}
 
 
-def agree(ours: Any, theirs: Any) -> None:
-    assert ours.full_name == theirs.full_name
+def assert_same_fields(ours: Any, public: Any) -> None:
+    assert ours.full_name == public.full_name
     for field in ours.fields:
-        other = theirs.fields_by_name[field.name]
+        other = public.fields_by_name[field.name]
         assert (field.number, field.type, field.is_repeated) == (
             other.number, other.type, other.is_repeated,
         ), field.full_name  # fmt: skip
         if field.message_type is not None:
-            agree(field.message_type, other.message_type)
+            assert_same_fields(field.message_type, other.message_type)
 
 
 @given(st.binary(max_size=200))
-def test_any_bytes_are_a_message_or_refused(data: bytes) -> None:
+def test_any_bytes_are_decoded_or_refused(data: bytes) -> None:
     try:
         message = messages.decode(INFER, data, max_values=20)
     except ApiError:
@@ -73,8 +73,8 @@ def test_any_bytes_are_a_message_or_refused(data: bytes) -> None:
 
 
 @given(st.integers(1, 50), st.data())
-def test_values_are_counted_before_they_are_made(count: int, data: st.DataObject) -> None:
-    made = data.draw(
+def test_too_many_values_are_refused(count: int, data: st.DataObject) -> None:
+    fields = data.draw(
         st.sampled_from(
             [
                 {"inputs": [{}] * count},
@@ -86,13 +86,13 @@ def test_values_are_counted_before_they_are_made(count: int, data: st.DataObject
             ]
         )
     )
-    encoded = INFER(**made).SerializeToString()
+    encoded = INFER(**fields).SerializeToString()
     assert messages.decode(INFER, encoded, max_values=len(encoded)).ByteSize() == len(encoded)
     assert messages.decode(INFER, encoded, max_values=5 * count + 3).ByteSize() == len(encoded)
     with pytest.raises(ApiError, match="more than"):
         messages.decode(INFER, encoded, max_values=count - 1)
 
 
-def test_a_number_without_an_end_is_refused_at_once() -> None:
+def test_an_endless_varint_is_refused() -> None:
     with pytest.raises(ApiError, match="not a valid ModelInferRequest"):
         messages.decode(INFER, b"\xff" * 10**7, max_values=20)

@@ -1,4 +1,4 @@
-"""Which of the answer's formats an Accept header asks for."""
+"""The formats and codings that Accept headers ask for."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from service.http.accept import ARROW, prefers_arrow, prefers_gzip, prefers_open
         (f"{ARROW};q=-1", False),
     ],
 )
-def test_arrow_is_asked_for_by_name_and_above_json(accept: str, arrow: bool) -> None:
+def test_arrow_is_preferred_only_by_name_and_above_json(accept: str, arrow: bool) -> None:
     assert prefers_arrow(accept) is arrow
 
 
@@ -70,7 +70,7 @@ def test_arrow_is_asked_for_by_name_and_above_json(accept: str, arrow: bool) -> 
         ("gzipped", False),
     ],
 )
-def test_gzip_is_allowed_and_not_below_no_coding(accept: str, gzip: bool) -> None:
+def test_gzip_is_used_unless_refused_or_ranked_below_identity(accept: str, gzip: bool) -> None:
     assert prefers_gzip(accept) is gzip
 
 
@@ -81,7 +81,7 @@ def test_gzip_is_allowed_and_not_below_no_coding(accept: str, gzip: bool) -> Non
         st.sampled_from(["application/openmetrics-text", ARROW, "application/json", *";q=,1*/"])
     ).map("".join)
 )
-def test_any_accept_header_is_an_answer(accept: str) -> None:
+def test_any_header_is_accepted(accept: str) -> None:
     assert prefers_openmetrics(accept) in (True, False)
     assert prefers_arrow(accept) in (True, False)
     assert prefers_gzip(accept) in (True, False)

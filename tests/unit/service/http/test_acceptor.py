@@ -1,4 +1,4 @@
-"""Connections are taken several a turn, never by waiting, and more after a long turn."""
+"""The acceptor takes a few connections per turn of the event loop, and more after a long turn."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from service.process import bind
 
 
 class Echo(asyncio.Protocol):
-    """Sends back what comes."""
+    """A protocol that returns the data that it receives."""
 
     open: ClassVar[list[asyncio.Transport]] = []
 
@@ -34,18 +34,18 @@ class Echo(asyncio.Protocol):
 
 
 class Listener(socket.socket):
-    """A listening socket that counts what is taken of it, and has no room for some."""
+    """A listening socket that counts accepted connections; the first `failures` calls fail."""
 
-    taken = 0
-    full = 0
+    accepted = 0
+    failures = 0
 
     def accept(self) -> tuple[socket.socket, Any]:
-        if self.full:
-            self.full -= 1
+        if self.failures:
+            self.failures -= 1
             raise OSError(errno.EMFILE, "too many open files")
-        taken = super().accept()
-        self.taken += 1
-        return taken
+        connection = super().accept()
+        self.accepted += 1
+        return connection
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def listener() -> Iterator[Listener]:
 
 
 @pytest_asyncio.fixture(autouse=True)
-async def _let_go() -> AsyncIterator[None]:
+async def _close_connections() -> AsyncIterator[None]:
     yield
     while Echo.open:
         Echo.open.pop().abort()
@@ -64,9 +64,9 @@ async def _let_go() -> AsyncIterator[None]:
 
 @pytest_asyncio.fixture
 async def accepting(listener: Listener) -> AsyncIterator[Acceptor]:
-    one = Acceptor(listener, handshake_seconds=0.2)
-    yield one
-    one.close()
+    acceptor = Acceptor(listener, handshake_seconds=0.2)
+    yield acceptor
+    acceptor.close()
 
 
 @pytest.fixture
@@ -101,17 +101,17 @@ async def test_a_connection_is_served(
     assert await echoed(connect()) == b"word"
 
 
-async def test_no_frontend_ever_waits_at_the_socket_that_all_share() -> None:
+async def test_the_shared_socket_is_made_non_blocking() -> None:
     with bind("127.0.0.1", 0) as shared:
         assert not os.get_blocking(shared.fileno())
         os.set_blocking(shared.fileno(), True)
-        one = Acceptor(socket.socket(fileno=os.dup(shared.fileno())), 1.0)
+        accepting = Acceptor(socket.socket(fileno=os.dup(shared.fileno())), 1.0)
         assert not os.get_blocking(shared.fileno())
-        one.start(Echo)
-        one.close()
+        accepting.start(Echo)
+        accepting.close()
 
 
-async def test_some_are_left_to_other_frontends_in_each_turn(
+async def test_a_turn_leaves_connections_to_other_frontends(
     accepting: Acceptor,
     listener: Listener,
     connect: Callable[[], socket.socket],
@@ -121,42 +121,42 @@ async def test_some_are_left_to_other_frontends_in_each_turn(
     clients = [connect() for _ in range(3 * ACCEPTS)]
     accepting.start(Echo)
     seen = set()
-    while listener.taken < len(clients):
+    while listener.accepted < len(clients):
         await asyncio.sleep(0)
-        seen.add(listener.taken)
+        seen.add(listener.accepted)
     assert {ACCEPTS, 2 * ACCEPTS} <= seen
     assert await echoed(clients[-1]) == b"word"
 
 
-async def test_after_a_long_turn_all_who_were_left_are_taken(
+async def test_a_long_turn_is_followed_by_accepting_all_connections(
     accepting: Acceptor, listener: Listener, connect: Callable[[], socket.socket]
 ) -> None:
     clients = [connect() for _ in range(8 * ACCEPTS)]
     accepting.start(Echo)
-    while not listener.taken:
+    while not listener.accepted:
         await asyncio.sleep(0)
-    assert listener.taken == ACCEPTS
+    assert listener.accepted == ACCEPTS
     time.sleep(8 * ACCEPTS * acceptor.ACCEPT_SECONDS)  # noqa: ASYNC251  # the turn is long
     await turns(2)
-    assert listener.taken == len(clients)
+    assert listener.accepted == len(clients)
 
 
-async def test_without_room_for_connections_none_is_taken_for_a_moment(
+async def test_accepting_pauses_if_no_file_can_be_opened(
     accepting: Acceptor,
     listener: Listener,
     connect: Callable[[], socket.socket],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(acceptor, "PAUSE_SECONDS", 0.05)
-    listener.full = 1
+    listener.failures = 1
     client = connect()
     accepting.start(Echo)
     await turns(20)
-    assert (listener.full, listener.taken) == (0, 0)
+    assert (listener.failures, listener.accepted) == (0, 0)
     assert await echoed(client) == b"word"
 
 
-async def test_when_it_is_closed_who_was_taken_stays(
+async def test_closing_keeps_accepted_connections(
     listener: Listener, connect: Callable[[], socket.socket]
 ) -> None:
     closing = Acceptor(listener, 1.0)
@@ -169,19 +169,18 @@ async def test_when_it_is_closed_who_was_taken_stays(
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\n\r\n"], ids=["nothing", "plain text"])
-async def test_who_speaks_no_tls_is_let_go(
+async def test_clients_without_tls_are_disconnected(
     sent: bytes, accepting: Acceptor, connect: Callable[[], socket.socket]
 ) -> None:
     accepting.start(Echo, ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
     client = connect()
     loop = asyncio.get_running_loop()
     await loop.sock_sendall(client, sent)
-    left = b"more"
-    while left:
-        left = await asyncio.wait_for(loop.sock_recv(client, 100), 5)
+    while await asyncio.wait_for(loop.sock_recv(client, 100), 5):
+        pass
 
 
-async def test_without_room_who_comes_is_closed_at_once(
+async def test_connections_above_the_limit_are_closed_at_once(
     accepting: Acceptor, connect: Callable[[], socket.socket]
 ) -> None:
     room = [True, False]
@@ -192,27 +191,27 @@ async def test_without_room_who_comes_is_closed_at_once(
     assert await asyncio.wait_for(loop.sock_recv(second, 10), 5) == b""
 
 
-class Waiting(Echo):
-    """Tells when its handshake begins, and when it fails."""
+class RecordingProtocol(Echo):
+    """Records when its handshake begins and fails."""
 
-    told: ClassVar[list[str]] = []
+    events: ClassVar[list[str]] = []
 
     def __init__(self) -> None:
-        self.told.append("begun")
+        self.events.append("begun")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.told.append("failed" if exc else "ended")
+        self.events.append("failed" if exc else "ended")
 
 
-async def test_a_handshake_that_takes_too_long_is_told(
+async def test_a_handshake_times_out(
     accepting: Acceptor, connect: Callable[[], socket.socket]
 ) -> None:
-    Waiting.told.clear()
-    accepting.start(Waiting, ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
+    RecordingProtocol.events.clear()
+    accepting.start(RecordingProtocol, ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
     client = connect()
     loop = asyncio.get_running_loop()
     await turns(9)
-    assert Waiting.told == ["begun"]
+    assert RecordingProtocol.events == ["begun"]
     assert await asyncio.wait_for(loop.sock_recv(client, 10), 5) == b""
     await turns(2)
-    assert Waiting.told == ["begun", "failed"]
+    assert RecordingProtocol.events == ["begun", "failed"]

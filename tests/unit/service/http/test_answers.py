@@ -1,4 +1,4 @@
-"""One request's answers, written as JSON, as an Arrow stream and as tensors of KServe."""
+"""JSON, Arrow and KServe's binary tensors contain the same answers."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def integers(kind: Any, low: int, high: int, count: int) -> st.SearchStrategy[An
 
 @st.composite
 def answers(draw: st.DrawFn) -> Answers:
-    """Draw answers of any number of texts, some of which failed."""
+    """Draw the answers of 1 to 5 texts, some of which failed."""
     count = draw(st.integers(1, 5))
     logits = st.floats(-30, 30, width=32)
     ran = arrays.arrays(bool, (count, STEPS + 1))
-    places = st.sets(st.integers(0, count - 1), max_size=count - 1)
+    failed = st.sets(st.integers(0, count - 1), max_size=count - 1)
     return Answers(
         logits=draw(arrays.arrays(np.float32, (count, len(LABELS)), elements=logits)),
         step=draw(integers(np.int32, 0, STEPS, count)),
@@ -56,32 +56,32 @@ def answers(draw: st.DrawFn) -> Answers:
         macs=draw(integers(np.int64, 0, 2**53, count)),
         dense_macs=draw(integers(np.int64, 0, 2**53, count)),
         next_step=np.zeros(count, np.int32),
-        errors=dict.fromkeys(draw(places), "the pass failed"),
+        errors=dict.fromkeys(draw(failed), "the pass failed"),
     )
 
 
 def tensors(answered: Answered) -> dict[str, list[Any]]:
-    """Return what KServe's binary form says, by output, a list for each text."""
+    """Return the values of KServe's binary form by output, with a list for each text."""
     wanted = [(output, InferOutput(name=name)) for name, output in OUTPUTS.items()]
     shape = [len(answered.answers), 1]
     response = infer_response(answered, {}, wanted, shape, binary=True)
     length = int(response.headers[HEADER_LENGTH])
-    blob, found = memoryview(response.body)[length:], {}
+    blob, by_name = memoryview(response.body)[length:], {}
     for output in json.loads(response.body[:length])["outputs"]:
         size = output["parameters"]["binary_data_size"]
-        own, blob = bytes(blob[:size]), blob[size:]
+        data, blob = bytes(blob[:size]), blob[size:]
         if output["datatype"] == "BYTES":
             values = []
-            while own:
-                end = 4 + int.from_bytes(own[:4], "little")
-                values.append([own[4:end].decode()])
-                own = own[end:]
+            while data:
+                end = 4 + int.from_bytes(data[:4], "little")
+                values.append([data[4:end].decode()])
+                data = data[end:]
         else:
             dtype = TYPES[output["datatype"]]
-            values = np.frombuffer(own, dtype).reshape(output["shape"]).tolist()
-        found[output["name"]] = values
+            values = np.frombuffer(data, dtype).reshape(output["shape"]).tolist()
+        by_name[output["name"]] = values
     assert not blob
-    return found
+    return by_name
 
 
 @pytest.mark.parametrize("name", [f"{TOPICS}/2", f"{TAGS}/1"])
@@ -89,7 +89,7 @@ def tensors(answered: Answered) -> dict[str, list[Any]]:
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(drawn=answers(), top_k=st.none() | st.integers(1, 4), raw=st.booleans(), data=st.data())
-def test_every_form_says_the_same(
+def test_every_format_has_the_same_answers(
     model_store: Path, name: str, drawn: Answers, top_k: int | None, raw: bool, data: st.DataObject
 ) -> None:
     count = len(drawn)
@@ -118,26 +118,28 @@ def test_every_form_says_the_same(
         heads = item["heads"]
         labels = row.pop("labels", None)
         assert labels is None or labels == [
-            {"label": one["label"], "score": np.float32(one["score"])} for one in item["labels"]
+            {"label": label["label"], "score": np.float32(label["score"])}
+            for label in item["labels"]
         ]
         assert row == {
             "label": item["label"], "score": np.float32(item["score"]),
-            "probs": [np.float32(one) for one in item["probs"]],
+            "probs": [np.float32(prob) for prob in item["probs"]],
             "budget": heads["budget"], "predicted": heads["predicted"], "steps": heads["steps"],
             "heads": heads["used"], "macs": item["macs"], "dense_macs": item["dense_macs"],
             "tokens": item["tokens"], "truncated": item["truncated"],
         }  # fmt: skip
     if not drawn.errors and not raw:
         outputs = tensors(answered)
-        for place in range(count):
-            row, found = rows[place], {key: value[place] for key, value in outputs.items()}
-            assert found["steps"] == [step in row["steps"] for step in range(STEPS + 1)]
-            assert found["probs"] == row["probs"]
-            assert found["predicted"] == [-1 if row["predicted"] is None else row["predicted"]]
+        for i, row in enumerate(rows):
+            tensor_row = {key: value[i] for key, value in outputs.items()}
+            predicted = -1 if row["predicted"] is None else row["predicted"]
+            assert tensor_row["steps"] == [step in row["steps"] for step in range(STEPS + 1)]
+            assert tensor_row["probs"] == row["probs"]
+            assert tensor_row["predicted"] == [predicted]
             for key in ("label", "score", "heads", "budget", "macs"):
-                assert found[key] == [row[key]]
+                assert tensor_row[key] == [row[key]]
 
 
-def test_pyarrow_is_not_imported_before_it_is_asked_for() -> None:
+def test_pyarrow_is_not_imported_with_the_application() -> None:
     code = "import sys, service.http.app; sys.exit('pyarrow' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

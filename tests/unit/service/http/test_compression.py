@@ -1,4 +1,4 @@
-"""What `Compress` leaves as it is."""
+"""Responses that `Compress` does not compress."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ async def encoded(_: Request) -> Response:
 
 
 @pytest.mark.parametrize("path", ["/stream", "/encoded"])
-async def test_streams_and_encoded_answers_stay_as_they_are(path: str) -> None:
+async def test_streams_and_encoded_responses_are_not_compressed(path: str) -> None:
     app = Starlette(routes=[Route("/stream", stream), Route("/encoded", encoded)])
     with ThreadPoolExecutor(1) as threads:
         transport = httpx.ASGITransport(Compress(app, 10, threads))

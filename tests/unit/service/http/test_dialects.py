@@ -1,4 +1,4 @@
-"""Which API a path speaks, and what a client is told that reaches no route or no application."""
+"""The API to which a path belongs, and the shape of errors outside of routes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def dialects() -> Dialects:
         ("POST", "/invocations", ErrorResponse),
         ("GET", "/", ErrorResponse),
         ("POST", "/", PredictError),
-        ("DELETE", "/", ErrorResponse),  # two APIs meet here
+        ("DELETE", "/", ErrorResponse),  # a path that two APIs share
         ("POST", "/predict", PredictError),
         ("GET", "/predict", PredictError),
         ("POST", "/predict/", PredictError),
@@ -47,18 +47,18 @@ def dialects() -> Dialects:
         ("GET", "/nothing", ErrorResponse),
     ],
 )
-def test_a_path_speaks_one_api(
+def test_each_path_belongs_to_one_api(
     dialects: Dialects, prefix: str, method: str, path: str, schema: type[ErrorSchema]
 ) -> None:
     assert dialects.schema(method, prefix + path) is schema
 
 
 @pytest.mark.parametrize("path", ["", "*", "http://x/predict", "x:443"])
-def test_what_is_no_path_gets_our_own_shape(dialects: Dialects, path: str) -> None:
+def test_an_invalid_path_gets_the_default_error_shape(dialects: Dialects, path: str) -> None:
     assert dialects.schema("POST", path) is ErrorResponse
 
 
-def test_every_documented_route_speaks_as_it_documents() -> None:
+def test_every_route_answers_with_its_documented_error_shape() -> None:
     app = create_app(Settings.model_construct(), Engines([]), Path("hub"))
     documented = [
         (method.upper(), path, operation["responses"]["default"])
@@ -73,7 +73,7 @@ def test_every_documented_route_speaks_as_it_documents() -> None:
         assert content["schema"]["$ref"] == f"#/components/schemas/{schema.__name__}", path
 
 
-def test_two_apis_cannot_share_a_segment() -> None:
+def test_two_apis_may_not_share_a_path_segment() -> None:
     app, router = FastAPI(), APIRouter(prefix="/v2")
 
     @router.get("/own")
@@ -121,7 +121,7 @@ HEADS = {
         (b"/v2/models/a/infer", {"error"}),
     ],
 )
-async def test_requests_that_do_not_reach_the_application(
+async def test_protocol_errors_have_the_shape_of_the_api_of_their_path(
     dialects: Dialects, path: bytes, fields: set[str], status: int
 ) -> None:
     with connected(dialects=dialects) as connection:
@@ -133,7 +133,7 @@ async def test_requests_that_do_not_reach_the_application(
         assert isinstance(body["error"], dict) == (path == b"/classify")
 
 
-async def test_the_api_of_one_request_says_nothing_of_the_next(dialects: Dialects) -> None:
+async def test_each_request_of_a_connection_has_its_own_api(dialects: Dialects) -> None:
     with connected(dialects=dialects) as connection:
         await connection.send([b"GET /v2 HTTP/1.1\r\nHost: x\r\n\r\n"])
         before = len(connection.wire.sent)

@@ -1,4 +1,4 @@
-"""Routes served past FastAPI: nothing is skipped, or the start fails."""
+"""Routes served directly, without FastAPI's routing: they skip nothing, or the start fails."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def application() -> FastAPI:
 
 
 class Recorder:
-    """Keeps what the scopes of requests say when they have been served."""
+    """Keeps the scopes of requests."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -74,18 +74,18 @@ async def ask(app: Any, method: str, path: str) -> httpx.Response:
         return await client.request(method, path, content="a text")
 
 
-async def refuse_all(scope: Scope, receive: Receive, send: Send) -> None:
-    await Response("the others", 418)(scope, receive, send)
+async def fallback(scope: Scope, receive: Receive, send: Send) -> None:
+    await Response("not a direct route", 418)(scope, receive, send)
 
 
-def directly() -> Recorder:
-    """Serve the direct routes alone."""
+def direct_application() -> Recorder:
+    """Return an application that serves the direct routes, and 418 elsewhere."""
     declared = api_routes(application())
-    return Recorder(Direct(refuse_all, direct_routes(declared), Dialects(declared)))
+    return Recorder(Direct(fallback, direct_routes(declared), Dialects(declared)))
 
 
-async def test_every_dependency_runs_in_order_then_the_endpoint() -> None:
-    answer = await ask(directly(), "POST", "/outer/inner/echo")
+async def test_dependencies_run_in_order_before_the_endpoint() -> None:
+    answer = await ask(direct_application(), "POST", "/outer/inner/echo")
     seen = ["application", "inclusion", "router", "route"]
     assert answer.json() == {"seen": seen, "body": "a text"}
 
@@ -99,28 +99,29 @@ async def test_every_dependency_runs_in_order_then_the_endpoint() -> None:
         ("OPTIONS", "/outer/inner/echo"),
     ],
 )
-async def test_all_else_goes_to_the_application(method: str, path: str) -> None:
-    assert (await ask(directly(), method, path)).status_code == 418
+async def test_other_requests_go_to_the_application(method: str, path: str) -> None:
+    assert (await ask(direct_application(), method, path)).status_code == 418
 
 
 @pytest.mark.parametrize("path", ["echo", "refuse", "http"])
-async def test_it_answers_as_fastapi_does(path: str) -> None:
-    ways = directly(), Recorder(application())
-    answers = [await ask(way, "POST", f"/outer/inner/{path}") for way in ways]
-    assert answers[0].status_code == answers[1].status_code != 418
-    assert answers[0].content == answers[1].content
-    assert dict(answers[0].headers) == dict(answers[1].headers)
-    for added in ("refusal", "route"):
-        assert ways[0].scopes[0].get(added) == ways[1].scopes[0].get(added)
-    assert ways[0].scopes[0]["route"].path == f"/inner/{path}"
+async def test_answers_and_scopes_equal_those_of_fastapi(path: str) -> None:
+    applications = direct_application(), Recorder(application())
+    actual, expected = [await ask(app, "POST", f"/outer/inner/{path}") for app in applications]
+    assert actual.status_code == expected.status_code != 418
+    assert actual.content == expected.content
+    assert dict(actual.headers) == dict(expected.headers)
+    actual_scope, expected_scope = (app.scopes[0] for app in applications)
+    for key in ("refusal", "route"):
+        assert actual_scope.get(key) == expected_scope.get(key)
+    assert actual_scope["route"].path == f"/inner/{path}"
 
 
 async def with_query(request: Request, name: str = "") -> None: ...
 async def with_dependency(request: Request, other: Annotated[None, note("other")]) -> None: ...
 async def with_background(request: Request, tasks: BackgroundTasks) -> None: ...
 async def without_request() -> None: ...
-def in_a_thread(request: Request) -> None: ...
-async def with_end(_: Request) -> AsyncIterator[None]:
+def synchronous_dependency(request: Request) -> None: ...
+async def with_teardown(_: Request) -> AsyncIterator[None]:
     yield
 
 
@@ -129,9 +130,16 @@ async def plain(request: Request) -> None: ...
 
 @pytest.mark.parametrize(
     "dependency",
-    [with_query, with_dependency, with_background, without_request, in_a_thread, with_end],
+    [
+        with_query,
+        with_dependency,
+        with_background,
+        without_request,
+        synchronous_dependency,
+        with_teardown,
+    ],
 )
-def test_a_dependency_that_takes_more_than_a_call_is_refused(dependency: Any) -> None:
+def test_a_dependency_that_needs_fastapi_is_refused(dependency: Any) -> None:
     app = FastAPI()
 
     @app.post("/a", dependencies=[Depends(dependency)])
@@ -143,7 +151,7 @@ def test_a_dependency_that_takes_more_than_a_call_is_refused(dependency: Any) ->
         direct_routes(api_routes(app))
 
 
-def of_a_thread(_: Request) -> Response:
+def synchronous(_: Request) -> Response:
     return Response()
 
 
@@ -151,28 +159,28 @@ async def with_parameter(_: Request, name: str) -> Response:
     return Response(name)
 
 
-async def not_a_response(_: Request) -> dict[str, str]:
+async def without_response(_: Request) -> dict[str, str]:
     return {}
 
 
-async def sound(_: Request) -> Response:
+async def valid(_: Request) -> Response:
     return Response()
 
 
 @pytest.mark.parametrize(
-    ("endpoint", "path", "options", "why"),
+    ("endpoint", "path", "options", "reason"),
     [
-        (of_a_thread, "/a", {}, "request alone"),
+        (synchronous, "/a", {}, "request alone"),
         (with_parameter, "/a", {}, "request alone"),
-        (not_a_response, "/a", {}, "no Response"),
-        (sound, "/{name}", {}, "parameters"),
-        (sound, "/a", {"max_body_size": 10}, "limits its bodies"),
-        (sound, "/a", {"dependencies": [Depends(plain), Depends(plain)]}, "twice"),
-        (sound, "/earlier", {}, "earlier route"),
+        (without_response, "/a", {}, "no Response"),
+        (valid, "/{name}", {}, "parameters"),
+        (valid, "/a", {"max_body_size": 10}, "limits its bodies"),
+        (valid, "/a", {"dependencies": [Depends(plain), Depends(plain)]}, "twice"),
+        (valid, "/earlier", {}, "earlier route"),
     ],
 )
-def test_a_route_that_takes_more_than_calls_is_refused(
-    endpoint: Callable[..., Any], path: str, options: dict[str, Any], why: str
+def test_a_route_that_needs_fastapi_is_refused(
+    endpoint: Callable[..., Any], path: str, options: dict[str, Any], reason: str
 ) -> None:
     app = FastAPI()
 
@@ -181,11 +189,11 @@ def test_a_route_that_takes_more_than_calls_is_refused(
         return Response(letter)
 
     app.post(path, **options)(direct(endpoint))
-    with pytest.raises(ValueError, match=f"cannot be served directly: .*{why}"):
+    with pytest.raises(ValueError, match=f"cannot be served directly: .*{reason}"):
         direct_routes(api_routes(app))
 
 
-def test_a_route_is_only_served_directly_if_it_says_so() -> None:
+def test_only_marked_routes_are_served_directly() -> None:
     app = FastAPI()
 
     @app.post("/a")

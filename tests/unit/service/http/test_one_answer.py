@@ -1,4 +1,4 @@
-"""A request ends where the parser says and has one answer; no body is taken for a request."""
+"""Each HTTP request gets exactly one answer, and no body is ever read as a request."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ MALFORMED = {
 
 
 def splits(stream: bytes) -> Iterator[list[bytes]]:
-    """Return a stream whole, byte by byte, and in two at every place."""
+    """Return a stream whole, byte by byte, and in two parts for every position of the cut."""
     yield [stream]
     yield [stream[at : at + 1] for at in range(len(stream))]
     for at in range(1, len(stream)):
@@ -107,7 +107,7 @@ def statuses(connection: Connected) -> list[int]:
 
 @pytest.mark.parametrize("framed", FRAMED)
 @pytest.mark.parametrize("offer", OFFERS)
-async def test_an_offer_of_another_protocol_changes_nothing(offer: str, framed: str) -> None:
+async def test_an_offered_protocol_upgrade_is_ignored(offer: str, framed: str) -> None:
     stream = HEAD + b"X: y\r\n" + OFFERS[offer] + FRAMED[framed]
     body = b"" if framed == "nothing" else SMUGGLED
     for parts in splits(stream + stream + NEXT):
@@ -125,7 +125,7 @@ async def test_an_offer_of_another_protocol_changes_nothing(offer: str, framed: 
             assert (b"keep-alive" in options) == (offer == "websocket")
 
 
-async def test_an_offer_may_close_the_connection() -> None:
+async def test_a_request_with_an_upgrade_may_close_the_connection() -> None:
     with connected() as connection:
         await connection.send(
             [HEAD + b"Connection: close, Upgrade\r\nUpgrade: h2c\r\n" + FRAMED["length"] + NEXT]
@@ -136,24 +136,26 @@ async def test_an_offer_may_close_the_connection() -> None:
 
 @pytest.mark.parametrize("before", [b"", NEXT, NEXT + HEAD + FRAMED["chunks"]])
 @pytest.mark.parametrize("kind", MALFORMED)
-async def test_what_is_malformed_is_answered_once_and_ends_the_connection(
+async def test_a_malformed_request_is_answered_once_and_ends_the_connection(
     kind: bytes, before: bytes
 ) -> None:
     stream = before + MALFORMED[kind] + SMUGGLED * 2
-    ways = splits(stream) if not before else iter(([stream], [before, stream[len(before) :]]))
+    variants = splits(stream) if not before else iter(([stream], [before, stream[len(before) :]]))
     expected = requests_in(before).requests
-    for parts in ways:
+    for parts in variants:
         with connected() as connection:
             await connection.send(parts)
             assert connection.over
-        assert [target for _, target, _ in connection.served] == [one.target for one in expected]
+        assert [target for _, target, _ in connection.served] == [
+            request.target for request in expected
+        ]
         *earlier, last = answers(connection)
         assert [answer.status for answer in earlier] == [200] * len(expected)
         assert (last.status, last.closes) == (400, True)
         assert connection.breaks == ["malformed"]
 
 
-async def test_requests_that_wait_are_answered_before_the_error() -> None:
+async def test_earlier_requests_are_answered_before_the_error() -> None:
     with connected(held=True) as connection:
         await connection.send([NEXT + HEAD + FRAMED["length"] + b"malformed\r\n" + SMUGGLED])
         assert connection.wire.sent == b""
@@ -182,11 +184,11 @@ async def test_nothing_is_served_after_the_last_request(last: bytes, more: bytes
             await connection.send(parts)
             assert connection.over
         assert len(connection.served) == 1
-        assert [(one.status, one.closes) for one in answers(connection)] == [(200, True)]
+        assert [(answer.status, answer.closes) for answer in answers(connection)] == [(200, True)]
         assert not connection.breaks
 
 
-async def test_trailers_are_no_headers() -> None:
+async def test_trailers_are_not_headers() -> None:
     trailers = b"Authorization: Bearer x\r\nContent-Encoding: br\r\nX-Forwarded-For: 9.9.9.9\r\n"
     for parts in splits(CHUNKED + b"1\r\na\r\n0\r\n" + trailers + b"\r\n" + NEXT):
         with connected() as connection:
@@ -195,7 +197,7 @@ async def test_trailers_are_no_headers() -> None:
         assert connection.headers[0] == [(b"host", b"x"), (b"transfer-encoding", b"chunked")]
 
 
-async def test_the_interim_answer_is_given_to_who_knows_it() -> None:
+async def test_100_continue_is_sent_only_in_http_1_1() -> None:
     expecting = b"Expect: 100-continue\r\nContent-Length: 1\r\n\r\n"
     for version, interim in ((b"1.1", 1), (b"1.0", 0)):
         with connected() as connection:
@@ -205,8 +207,8 @@ async def test_the_interim_answer_is_given_to_who_knows_it() -> None:
             assert statuses(connection) == [200]
 
 
-class TestEarly:
-    """Answers that come before the request is whole."""
+class TestEarlyAnswers:
+    """Answers sent before the request is complete."""
 
     @pytest.mark.parametrize(
         "head",
@@ -217,25 +219,27 @@ class TestEarly:
         ],
         ids=["large", "chunks", "expecting"],
     )
-    async def test_it_is_the_last_if_much_may_follow(self, head: bytes) -> None:
+    async def test_the_connection_closes_if_a_large_body_may_follow(self, head: bytes) -> None:
         for half_closes in (True, False):
             with connected(half_closes) as connection:
                 await connection.send([b"POST " + EARLY + b" HTTP/1.1\r\nHost: x\r\n" + head])
-                assert [(one.status, one.closes) for one in answers(connection)] == [(401, True)]
+                assert [(answer.status, answer.closes) for answer in answers(connection)] == [
+                    (401, True)
+                ]
                 assert connection.wire.half_closed is half_closes
                 await connection.send([b"23\r\n", SMUGGLED, b"0\r\n\r\n", SMUGGLED * 9])
                 assert not connection.wire.closed
                 assert len(connection.served) == 1
 
-    async def test_it_is_not_if_little_may_follow(self) -> None:
+    async def test_the_connection_stays_open_if_a_small_body_follows(self) -> None:
         head = b"POST " + EARLY + b" HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
         with connected() as connection:
             await connection.send([head % len(SMUGGLED), SMUGGLED[:9], SMUGGLED[9:], NEXT])
-            assert [(one.status, one.closes) for one in answers(connection)] == [
+            assert [(answer.status, answer.closes) for answer in answers(connection)] == [
                 (401, False), (200, False),
             ]  # fmt: skip
 
-    async def test_requests_that_are_turned_away(self) -> None:
+    async def test_a_shed_request_closes_the_connection_only_with_a_large_body(self) -> None:
         head = b"POST /guarded HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
         for size, closes in ((len(SMUGGLED), False), (10**6, True)):
             with connected() as connection:
@@ -243,22 +247,24 @@ class TestEarly:
                 shedding.enter(1, 1.0, 0.0)
                 shedding.learn_refusal(1, 1)
                 await connection.send([head % size, SMUGGLED])
-                assert [(one.status, one.closes) for one in answers(connection)] == [(429, closes)]
+                assert [(answer.status, answer.closes) for answer in answers(connection)] == [
+                    (429, closes)
+                ]
                 assert connection.served == []
                 assert connection.over is closes
 
 
 class Clock:
-    """The time of the running event loop, and its timers: both move on demand."""
+    """Moves the time of the running event loop, and so its timers."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         loop = asyncio.get_running_loop()
-        self._ahead = 0.0
+        self._offset = 0.0
         real: Callable[[], float] = loop.time
-        monkeypatch.setattr(loop, "time", lambda: real() + self._ahead)
+        monkeypatch.setattr(loop, "time", lambda: real() + self._offset)
 
-    async def pass_by(self, seconds: float) -> None:
-        self._ahead += seconds
+    async def advance(self, seconds: float) -> None:
+        self._offset += seconds
         for _ in range(3):
             await asyncio.sleep(0)
 
@@ -268,10 +274,10 @@ async def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return Clock(monkeypatch)
 
 
-class TestBounds:
-    """What a client that goes on sending may take."""
+class TestLingering:
+    """Limits for a client that continues to send after the last answer."""
 
-    async def test_bytes(self) -> None:
+    async def test_bytes_are_limited(self) -> None:
         with connected() as connection:
             await connection.send([b"malformed\r\n"])
             mebibyte = b"a" * 2**20
@@ -282,25 +288,25 @@ class TestBounds:
             assert sent == lingering.LINGER_BYTES
             assert statuses(connection) == [400]
 
-    async def test_seconds(self, clock: Clock) -> None:
+    async def test_time_is_limited(self, clock: Clock) -> None:
         with connected() as connection:
             await connection.send([b"malformed\r\n"])
             for _ in range(60):
                 assert not connection.wire.closed
-                await clock.pass_by(1.0)
+                await clock.advance(1.0)
                 connection.protocol.data_received(b"a")
-            await clock.pass_by(0.1)
+            await clock.advance(0.1)
             assert connection.wire.closed
 
-    async def test_seconds_of_silence(self, clock: Clock) -> None:
+    async def test_silence_is_limited(self, clock: Clock) -> None:
         with connected() as connection:
             await connection.send([b"malformed\r\n"])
-            await clock.pass_by(lingering.LINGER_SECONDS - 0.5)
+            await clock.advance(lingering.LINGER_SECONDS - 0.5)
             assert not connection.wire.closed
-            await clock.pass_by(1.0)
+            await clock.advance(1.0)
             assert connection.wire.closed
 
-    async def test_bytes_while_others_wait(self) -> None:
+    async def test_bytes_are_limited_while_earlier_requests_wait(self) -> None:
         with connected(held=True) as connection:
             await connection.send([NEXT + b"malformed\r\n"])
             for _ in range(lingering.LINGER_BYTES // 2**20 + 1):
@@ -308,18 +314,18 @@ class TestBounds:
                     connection.protocol.data_received(b"a" * 2**20)
             assert connection.wire.closed
 
-    async def test_the_rest_of_a_small_body(self, clock: Clock) -> None:
+    async def test_the_time_for_the_rest_of_a_small_body_is_limited(self, clock: Clock) -> None:
         with connected() as connection:
             await connection.send(
                 [b"POST " + EARLY + b" HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n"]
             )
             assert not connection.over
-            await clock.pass_by(lingering.LINGER_SECONDS + 0.1)
+            await clock.advance(lingering.LINGER_SECONDS + 0.1)
             assert connection.wire.half_closed
-            await clock.pass_by(lingering.LINGER_SECONDS + 0.1)
+            await clock.advance(lingering.LINGER_SECONDS + 0.1)
             assert connection.wire.closed
 
-    async def test_a_large_head(self) -> None:
+    async def test_a_large_head_gets_431(self) -> None:
         with connected() as connection:
             await connection.send([HEAD, b"X: " + b"a" * HEAD_BYTES, SMUGGLED])
             assert statuses(connection) == [431]
@@ -344,13 +350,11 @@ async def test_uploads_may_be_larger_than_other_requests(
         assert statuses(connection) == ([200, 200] if status == 200 else [431])
 
 
-class TestLimit:
-    """How many connections there may be."""
-
-    async def test_one_more_is_answered(self) -> None:
+class TestConnectionLimit:
+    async def test_a_connection_above_the_limit_gets_503(self) -> None:
         state = ServerState()
         with connected(server_state=state) as first:
-            others = [Connected(Wire(), state) for _ in range(4)]  # handshakes are in progress
+            others = [Connected(Wire(), state) for _ in range(4)]  # in their TLS handshake
             with connected(server_state=state) as refused:
                 (answer,) = answers(refused)
                 assert (answer.status, answer.closes) == (503, True)
@@ -363,7 +367,7 @@ class TestLimit:
             await first.send([NEXT])
             assert statuses(first) == [200]
 
-    async def test_handshakes_do_not_keep_a_server_from_stopping(self) -> None:
+    async def test_a_server_can_stop_during_handshakes(self) -> None:
         state = ServerState()
         handshaking = Connected(Wire(), state)
         assert len(state.connections) == 1
@@ -371,10 +375,10 @@ class TestLimit:
         assert not state.connections
 
 
-def test_the_strict_reader_sees_what_it_should() -> None:
+def test_the_strict_reader_of_these_tests_refuses_malformed_requests() -> None:
     stream = HEAD + FRAMED["chunks"] + HEAD + FRAMED["length"] + NEXT
     read = requests_in(stream)
-    assert [(one.target, one.body) for one in read.requests] == [
+    assert [(request.target, request.body) for request in read.requests] == [
         (b"/a", SMUGGLED), (b"/a", SMUGGLED), (b"/next", b""),
     ]  # fmt: skip
     assert read.end == "open"

@@ -1,4 +1,4 @@
-"""What FastAPI and uvicorn do not document, each part against what it is to do."""
+"""Undocumented features of FastAPI and uvicorn behave as the server expects."""
 
 from __future__ import annotations
 
@@ -31,10 +31,8 @@ GET = b"GET /a HTTP/1.1\r\nHost: x\r\n\r\n"
 POST = b"POST /b?c HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 1\r\n\r\n"
 
 
-class TestRoutes:
-    """Of FastAPI."""
-
-    async def test_they_have_what_routers_add(self) -> None:
+class TestFastApiRoutes:
+    async def test_routes_have_the_prefixes_and_dependencies_of_their_routers(self) -> None:
         async def first(_: Request) -> None: ...
         async def second(_: Request) -> None: ...
         async def endpoint(_: Request) -> Response:
@@ -53,30 +51,30 @@ class TestRoutes:
         assert calls_of(route) == [first, second, endpoint]
 
 
-class TestServer:
-    """Of uvicorn, on a socket of ours, as `frontend.py` runs it."""
+class TestUvicornServer:
+    """uvicorn's server, on a socket that is already bound, like in `frontend.py`."""
 
-    async def test_its_hooks_are_called_and_its_connections_are_ours(self) -> None:
-        told: list[Any] = []
+    async def test_hooks_are_called_and_connections_are_counted(self) -> None:
+        events: list[Any] = []
 
         class Server(uvicorn.Server):
             async def startup(self, sockets: list[socket.socket] | None = None) -> None:
                 await super().startup(sockets)
                 loop = asyncio.get_running_loop()
                 made = await loop.create_server(lambda: new_protocol(self), sock=listener)
-                told.append(("started", made))
+                events.append(("started", made))
 
             async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-                told.append("ends")
+                events.append("ends")
                 await super().shutdown(sockets)
 
             def handle_exit(self, sig: int, _: Any) -> None:
-                told.append(sig)
-                self.should_exit = True  # uvicorn would end this process by the signal
+                events.append(sig)
+                self.should_exit = True  # uvicorn's own handler would end this process
 
         async def application(scope: Any, _: Any, send: Any) -> None:
             assert scope["state"] == {}
-            told.append(open_connections(server))
+            events.append(open_connections(server))
             headers = [(b"content-length", b"0")]
             await send({"type": "http.response.start", "status": 204, "headers": headers})
             await send({"type": "http.response.body"})
@@ -85,18 +83,18 @@ class TestServer:
             config = uvicorn.Config(application, lifespan="off", log_config=None, ws="none")
             server = Server(config)
             running = asyncio.create_task(server.serve([]))
-            while not told:
+            while not events:
                 await asyncio.sleep(0)
             port = listener.getsockname()[1]
             async with httpx.AsyncClient() as client:
                 answer = await client.get(f"http://127.0.0.1:{port}/")
-            assert (answer.status_code, told[1:]) == (204, [1])
+            assert (answer.status_code, events[1:]) == (204, [1])
             os.kill(os.getpid(), signal.SIGTERM)
             await running
-            assert told[2:] == [signal.SIGTERM, "ends"]
-            told[0][1].close()
+            assert events[2:] == [signal.SIGTERM, "ends"]
+            events[0][1].close()
 
-    async def test_signals_can_be_left_to_another(self) -> None:
+    async def test_signal_handlers_can_be_left_unchanged(self) -> None:
         class Server(uvicorn.Server):
             @contextmanager
             def capture_signals(self) -> Iterator[None]:
@@ -115,7 +113,7 @@ class TestServer:
 
 
 class Held(UvicornProtocol):
-    """A protocol whose requests are answered when a test says so."""
+    """A protocol that holds its requests until a test releases them."""
 
     def __init__(self, wire: Wire) -> None:
         self.release = asyncio.Event()
@@ -152,10 +150,8 @@ async def held(wire: Wire) -> Held:
     return Held(wire)
 
 
-class TestProtocol:
-    """Of uvicorn, for one connection."""
-
-    async def test_what_it_tells_of_a_request(self, held: Held, wire: Wire) -> None:
+class TestUvicornProtocol:
+    async def test_the_parsed_request_can_be_read(self, held: Held, wire: Wire) -> None:
         assert held.transport is wire
         assert held.loop is asyncio.get_running_loop()
         assert held in held.connections
@@ -168,7 +164,7 @@ class TestProtocol:
         assert not held.parser.should_upgrade()
         assert held.expect_100_continue
 
-    async def test_whether_it_is_answered(self, held: Held, wire: Wire) -> None:
+    async def test_answered_is_false_while_a_request_runs(self, held: Held, wire: Wire) -> None:
         assert held.answered
         held.data_received(GET)
         assert not held.answered
@@ -180,7 +176,7 @@ class TestProtocol:
         assert wire.sent.startswith(b"HTTP/1.1 200")
         assert not wire.closed
 
-    async def test_the_timer_of_an_idle_connection(self, held: Held) -> None:
+    async def test_the_keep_alive_timer_runs_while_idle(self, held: Held) -> None:
         held.stop_keep_alive_timer()
         held.data_received(GET)
         assert not held.expects_request
@@ -192,7 +188,9 @@ class TestProtocol:
         assert timer.cancelled()
         assert not held.expects_request
 
-    async def test_the_connection_can_end_with_the_answer(self, held: Held, wire: Wire) -> None:
+    async def test_the_connection_can_be_closed_after_the_answer(
+        self, held: Held, wire: Wire
+    ) -> None:
         held.data_received(GET)
         held.keep_alive_after_answer(False)
         await held.answer()
@@ -213,7 +211,7 @@ class TestProtocol:
         assert held.received == ["http.disconnect"]
         assert b"HTTP/1.1 200" not in wire.sent
 
-    async def test_the_last_of_several_can_be_dropped(self, held: Held, wire: Wire) -> None:
+    async def test_the_last_pipelined_request_can_be_dropped(self, held: Held, wire: Wire) -> None:
         held.data_received(GET + POST)
         assert len(held.pipeline) == 1
         assert held.drop_last_request() is held.cycle
@@ -222,8 +220,8 @@ class TestProtocol:
         assert wire.sent.count(b"HTTP/1.1 200") == 1
         assert held.received == ["http.request"]
 
-    async def test_data_after_the_last_request_is_an_error(self, held: Held) -> None:
-        """The parser's, which uvicorn tells to be lenient."""
+    async def test_the_parser_can_refuse_data_after_the_last_request(self, held: Held) -> None:
+        """uvicorn makes the parser lenient by default."""
         last = GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
         held.parser.feed_data(last)
         held.parser.set_dangerous_leniencies(lenient_data_after_close=False)

@@ -1,4 +1,4 @@
-"""What is written in one turn of the event loop leaves together, and nothing is lost."""
+"""Writes of one turn of the event loop are sent as one, and none is lost."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from service.ipc.coalesced_writes import CoalescedWriter
 
 
 class Stream:
-    """Stands where a transport would, and keeps what is written, call by call."""
+    """Stands for a stream writer, and records each write."""
 
     limit = 7
 
@@ -35,12 +35,12 @@ def stream() -> Stream:
     return Stream()
 
 
-def together(stream: Stream) -> CoalescedWriter:
+def coalesced(stream: Stream) -> CoalescedWriter:
     return CoalescedWriter(cast(Any, stream))
 
 
-async def test_one_turn_is_one_write(stream: Stream) -> None:
-    writer = together(stream)
+async def test_writes_of_one_turn_are_one_write(stream: Stream) -> None:
+    writer = coalesced(stream)
     for part in (b"head ", b"body ", b"more"):
         writer.write(part)
     assert stream.sent == []
@@ -48,16 +48,16 @@ async def test_one_turn_is_one_write(stream: Stream) -> None:
     assert stream.sent == [b"head body more"]
 
 
-async def test_every_turn_has_its_own(stream: Stream) -> None:
-    writer = together(stream)
+async def test_each_turn_has_its_own_write(stream: Stream) -> None:
+    writer = coalesced(stream)
     for part in (b"one", b"two", b"three"):
         writer.write(part)
         await asyncio.sleep(0)
     assert stream.sent == [b"one", b"two", b"three"]
 
 
-async def test_what_cannot_wait_leaves_at_once_behind_what_is_held(stream: Stream) -> None:
-    writer = together(stream)
+async def test_write_now_sends_held_data_first(stream: Stream) -> None:
+    writer = coalesced(stream)
     writer.write(b"first ")
     writer.write_now(b"second")
     assert stream.sent == [b"first second"]
@@ -65,8 +65,8 @@ async def test_what_cannot_wait_leaves_at_once_behind_what_is_held(stream: Strea
     assert stream.sent == [b"first second"]
 
 
-async def test_what_is_held_leaves_before_the_stream_closes(stream: Stream) -> None:
-    writer = together(stream)
+async def test_close_sends_held_data_first(stream: Stream) -> None:
+    writer = coalesced(stream)
     writer.write(b"the last word")
     writer.close()
     await asyncio.sleep(0)
@@ -74,8 +74,8 @@ async def test_what_is_held_leaves_before_the_stream_closes(stream: Stream) -> N
     assert stream.closed
 
 
-async def test_nothing_is_written_once_the_other_side_is_gone(stream: Stream) -> None:
-    writer = together(stream)
+async def test_nothing_is_written_to_a_closed_stream(stream: Stream) -> None:
+    writer = coalesced(stream)
     writer.write(b"too late")
     stream.close()
     await asyncio.sleep(0)
@@ -84,8 +84,8 @@ async def test_nothing_is_written_once_the_other_side_is_gone(stream: Stream) ->
     assert stream.sent == []
 
 
-async def test_in_all_else_it_is_the_stream(stream: Stream) -> None:
-    writer = together(stream)
+async def test_other_attributes_are_those_of_the_stream(stream: Stream) -> None:
+    writer = coalesced(stream)
     assert writer.limit == 7
     assert not writer.is_closing()
     stream.close()

@@ -1,4 +1,4 @@
-"""One message that cannot be handled is that message's matter; a peer that stalls is bounded."""
+"""Connections between processes survive messages that fail, and bound data for stalled peers."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ ERRORS: tuple[type[Exception], ...] = (
 
 
 class Client(Connection):
-    """Counts what it cannot handle."""
+    """A client that raises an error for each `Expired`, and counts them and its connections."""
 
-    def __init__(self, place: Path) -> None:
-        super().__init__("server", place, TO_FRONTEND)
-        self.made = self.expired = 0
+    def __init__(self, socket: Path) -> None:
+        super().__init__("server", socket, TO_FRONTEND)
+        self.connections = self.expired = 0
 
     def _on_connect(self) -> None:
-        self.made += 1
+        self.connections += 1
 
     def _on_message(self, message: Any) -> None:
         if isinstance(message, Expired):
@@ -61,11 +61,12 @@ class Client(Connection):
 
 @asynccontextmanager
 async def connected(
-    came: Callable[[asyncio.StreamReader, Sender], Any],
+    on_connect: Callable[[asyncio.StreamReader, Sender], Any],
 ) -> AsyncIterator[Client]:
+    """Return the client of a server that calls `on_connect` for each connection."""
     with tempfile.TemporaryDirectory(prefix="bf-") as folder:
-        socket = Path(folder) / "it.sock"
-        async with listening(socket, came):
+        socket = Path(folder) / "server.sock"
+        async with listening(socket, on_connect):
             client, tasks = Client(socket), Background()
             tasks.start(client.stay_connected())
             await until(lambda: client.connected, "the connection")
@@ -75,12 +76,12 @@ async def connected(
 
 @PROPERTY
 @given(st.lists(st.none() | st.sampled_from(ERRORS), max_size=30))
-def test_every_good_message_is_answered_whatever_those_between_raise(
+def test_messages_that_fail_do_not_affect_others(
     raised: list[type[Exception] | None],
 ) -> None:
-    async def came(reader: asyncio.StreamReader, send: Sender) -> None:
+    async def on_connect(reader: asyncio.StreamReader, send: Sender) -> None:
         def handle(message: Load | Unload | Cancel) -> None:
-            # The other direction at the same time: the client cannot handle these.
+            # At the same time, the client fails to handle these messages.
             send(Expired(10**6 + message.id))
             if isinstance(message, Unload):
                 raise ERRORS[message.version]
@@ -92,58 +93,59 @@ def test_every_good_message_is_answered_whatever_those_between_raise(
         await handle_each(reader, TO_ENGINE, handle, failed, "client")
 
     async def run() -> None:
-        async with connected(came) as client:
+        async with connected(on_connect) as client:
             questions = [
                 Load(0, "/") if error is None else Unload(0, "m", ERRORS.index(error))
                 for error in raised
             ]
             with capture_logs() as lines:
-                answers = await asyncio.gather(*(client.request(one, 30) for one in questions))
+                asked = [client.request(question, 30) for question in questions]
+                answers = await asyncio.gather(*asked)
             for answer, error in zip(answers, raised, strict=True):
                 assert isinstance(answer, Done if error is None else Failed)
                 if error is not None:
                     assert error.__name__ in answer.message
             assert client.expired == len(raised)
-            assert client.made == 1, "the connection broke"
+            assert client.connections == 1, "the connection broke"
             logged = [(line["peer"], line["message"], type(line["exc_info"])) for line in lines]
             assert len(logged) == len(set(logged)), "each kind of error is logged once"
-            wanted = {("client", "Unload", error) for error in raised if error is not None}
-            assert {line for line in logged if line[0] == "client"} == wanted
+            expected = {("client", "Unload", error) for error in raised if error is not None}
+            assert {line for line in logged if line[0] == "client"} == expected
 
     asyncio.run(run())
 
 
-async def test_a_bad_frame_ends_its_connection_alone() -> None:
-    async def came(reader: asyncio.StreamReader, send: Sender) -> None:
+async def test_an_invalid_frame_ends_only_its_connection() -> None:
+    async def on_connect(reader: asyncio.StreamReader, send: Sender) -> None:
         await handle_each(
             reader, TO_ENGINE, lambda message: send(Done(message.id)), lambda *_: None, "client"
         )
 
-    async with connected(came) as client:
+    async with connected(on_connect) as client:
         other = Client(client._address)  # type: ignore[arg-type]
         tasks = Background()
         tasks.start(other.stay_connected())
         await until(lambda: other.connected, "the other connection")
-        client.send(Done(1))  # an engine does not take this
-        await until(lambda: client.made == 2, "another connection")
+        client.send(Done(1))  # not a message to an engine
+        await until(lambda: client.connections == 2, "another connection")
         assert await other.request(Load(0, "/"), 30) == Done(0)
-        assert other.made == 1
+        assert other.connections == 1
         await tasks.stop()
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "MAX_REPORT_BYTES", 2**20)
     monkeypatch.setattr(connection, "MAX_UNSENT_BYTES", 2**22)
 
 
-@pytest.mark.usefixtures("small")
+@pytest.mark.usefixtures("small_limits")
 @pytest.mark.parametrize("droppable", [True, False])
-async def test_what_a_peer_does_not_read_is_bounded(droppable: bool) -> None:
-    """Reports are left out, and the connection stays; of other messages none may be missing."""
+async def test_unread_data_is_bounded(droppable: bool) -> None:
+    """Reports are dropped; other messages may not be dropped, so their connection ends."""
     gate = asyncio.Event()
 
-    async def came(reader: asyncio.StreamReader, _: Sender) -> None:
+    async def on_connect(reader: asyncio.StreamReader, _: Sender) -> None:
         await gate.wait()
         await reader.read(1)
 
@@ -151,7 +153,7 @@ async def test_what_a_peer_does_not_read_is_bounded(droppable: bool) -> None:
         text: str
 
     Report.droppable = droppable
-    async with connected(came) as client:
+    async with connected(on_connect) as client:
         sent = 0
         for _ in range(200):
             sent += client.send(Report("x" * 2**16))
@@ -161,13 +163,13 @@ async def test_what_a_peer_does_not_read_is_bounded(droppable: bool) -> None:
             assert 0 < sent < 200
             assert client.connected
         else:
-            await until(lambda: client.made == 2, "another connection")
+            await until(lambda: client.connections == 2, "another connection")
         gate.set()
 
 
 @asynccontextmanager
 async def linked(hub: StalledHub) -> AsyncIterator[HubLink]:
-    """Run a frontend's connection to a hub, of which nothing is served."""
+    """Return a frontend's connection to a hub that serves no models."""
 
     async def serve(_: CatalogUpdate) -> None:
         return
@@ -181,7 +183,7 @@ async def linked(hub: StalledHub) -> AsyncIterator[HubLink]:
             await to_hub.stop()
 
 
-async def test_a_stalled_hub_is_not_waited_for_and_nothing_counted_is_lost(
+async def test_a_stalled_hub_neither_blocks_requests_nor_loses_counts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(link, "SILENCE_LIMIT", 1.5)
@@ -202,18 +204,18 @@ async def test_a_stalled_hub_is_not_waited_for_and_nothing_counted_is_lost(
         assert to_hub.unsent < 1000
         hub.reads.set()
 
-        def told() -> float:
+        def reported() -> float:
             series = "broken_connections", "malformed"
             return sum(report.difference.counters.get(series, 0) for report in hub.reports)
 
-        await until(lambda: told() == 300_000, "all counts")
+        await until(lambda: reported() == 300_000, "all counts")
         counted = [report.number for report in hub.reports if report.difference.counters]
         assert len(counted) <= 1 + link.MAX_UNACKNOWLEDGED
-        assert hub.connections == 1, "it was the same connection all the time"
+        assert hub.connections == 1, "the connection broke"
         assert hub.keys[-1] == ["one"]
 
 
-async def test_a_hub_that_is_there_and_slow_is_not_waited_for(
+async def test_a_slow_hub_does_not_block_requests(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(link, "QUERY_SECONDS", 0.5)
@@ -226,7 +228,7 @@ async def test_a_hub_that_is_there_and_slow_is_not_waited_for(
         assert (await to_hub.query(Scrape(0, False))).content == b"series"
 
 
-async def test_a_catalog_that_cannot_be_applied_is_tried_again_and_then_the_newest(
+async def test_a_failed_catalog_is_retried_and_then_the_newest_applied(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(link, "RETRY_SECONDS", 0.01)
@@ -240,14 +242,14 @@ async def test_a_catalog_that_cannot_be_applied_is_tried_again_and_then_the_newe
             raise OSError("too many open files")
         applied.append(serving.generation)
 
-    async def came(reader: asyncio.StreamReader, send: Sender) -> None:
+    async def on_connect(reader: asyncio.StreamReader, send: Sender) -> None:
         for generation in range(1, 6):
             send(CatalogUpdate(generation, [], [], [], {}))
         await reader.read()
 
     with tempfile.TemporaryDirectory(prefix="bf-") as folder:
         socket = Path(folder) / "hub.sock"
-        async with listening(socket, came):
+        async with listening(socket, on_connect):
             to_hub = HubLink(socket, serve, [])
             await to_hub.start()
             await until(lambda: to_hub.catalog.generation == 5, "the newest")

@@ -1,3 +1,5 @@
+"""Messages between processes: encoding, frames, and invalid data."""
+
 from __future__ import annotations
 
 import asyncio
@@ -49,13 +51,13 @@ finite = st.floats(allow_nan=False, allow_infinity=False)
 words = st.text(max_size=20)
 by_model = st.dictionaries(words, numbers, max_size=3)
 seconds_by_model = st.dictionaries(words, finite, max_size=3)
-some_bytes = st.binary(max_size=32)
-sent_tokens = st.builds(SentTokens, some_bytes, some_bytes, some_bytes)
+short_bytes = st.binary(max_size=32)
+sent_tokens = st.builds(SentTokens, short_bytes, short_bytes, short_bytes)
 sent_texts = st.builds(SentTexts, sent_tokens, st.none() | sent_tokens)
 model_info = st.builds(ModelInfo, words, numbers, finite, numbers, words)
 sent_answers = st.builds(
     SentAnswers,
-    *[some_bytes] * 8,
+    *[short_bytes] * 8,
     chosen=st.none() | st.lists(st.lists(st.lists(numbers, max_size=3), max_size=3), max_size=3),
     errors=st.dictionaries(numbers, words, max_size=2),
 )
@@ -73,8 +75,8 @@ TO_ENGINE = {
         return_heads=st.booleans(),
         request_id=words,
         traceparent=words,
-        steps=some_bytes,
-        decisions=st.none() | st.builds(Decisions, some_bytes, some_bytes, some_bytes),
+        steps=short_bytes,
+        decisions=st.none() | st.builds(Decisions, short_bytes, short_bytes, short_bytes),
     ),
     Cancel: st.builds(Cancel, numbers),
     Load: st.builds(Load, numbers, words),
@@ -179,7 +181,7 @@ EXAMPLE = Load(7, "/models/topics/1")
 
 
 class Wire:
-    """Stands where a stream writer would, and keeps what is written."""
+    """Stands for a stream writer, and keeps the data."""
 
     def __init__(self) -> None:
         self.sent = b""
@@ -208,7 +210,7 @@ async def reading(data: bytes, messages: Decoder, chunk: int = 2**16) -> list[ob
 
 
 def read_all(data: bytes, messages: Decoder, chunk: int = 2**16) -> list[object]:
-    """Read messages until the stream ends, in a loop of their own."""
+    """Read messages until the stream ends, in a new event loop."""
     return asyncio.run(reading(data, messages, chunk))
 
 
@@ -226,7 +228,7 @@ KINDS = [
 
 
 @pytest.mark.parametrize(("declared", "strategies", "_messages"), PAIRS)
-def test_every_message_has_a_round_trip_below(
+def test_every_message_has_a_strategy(
     declared: Any, strategies: dict[type, Any], _messages: Decoder
 ) -> None:
     assert set(declared.__args__) == set(strategies)
@@ -235,7 +237,7 @@ def test_every_message_has_a_round_trip_below(
 @pytest.mark.parametrize(("strategy", "messages"), KINDS)
 @PROPERTY
 @given(data=st.data())
-def test_messages_come_out_as_they_went_in(
+def test_messages_are_read_as_they_were_written(
     strategy: Any, messages: Decoder, data: st.DataObject
 ) -> None:
     message = data.draw(strategy)
@@ -244,20 +246,18 @@ def test_messages_come_out_as_they_went_in(
 
 @PROPERTY
 @given(st.lists(st.one_of(*TO_ENGINE.values()), max_size=6), st.integers(1, 50))
-def test_a_stream_keeps_the_order_of_messages_however_it_is_cut(
-    messages: list[Any], chunk: int
-) -> None:
+def test_messages_keep_their_order_for_any_size_of_chunks(messages: list[Any], chunk: int) -> None:
     assert read_all(frame(*messages), protocol.TO_ENGINE, chunk) == messages
 
 
-def test_a_frame_is_its_length_and_messagepack_of_an_array_with_the_tag_first() -> None:
+def test_a_frame_is_a_length_and_a_messagepack_array() -> None:
     sent = frame(EXAMPLE)
     assert struct.unpack("<I", sent[:4]) == (len(sent) - 4,)
     assert msgspec.msgpack.decode(sent[4:]) == ["Load", 7, "/models/topics/1"]
 
 
 @pytest.mark.parametrize("kept", range(len(frame(EXAMPLE))))
-def test_a_stream_that_breaks_off_reads_as_its_end(kept: int) -> None:
+def test_an_incomplete_frame_is_the_end_of_the_stream(kept: int) -> None:
     assert read_all(frame(EXAMPLE)[:kept], protocol.TO_ENGINE) == []
 
 
@@ -279,7 +279,7 @@ def test_a_stream_that_breaks_off_reads_as_its_end(kept: int) -> None:
     ids=repr,
 )
 @pytest.mark.parametrize("messages", [protocol.TO_ENGINE, protocol.TO_FRONTEND])
-def test_a_frame_that_is_no_message_is_an_error(body: bytes, messages: Decoder) -> None:
+def test_an_invalid_frame_is_an_error(body: bytes, messages: Decoder) -> None:
     with pytest.raises(FrameError):
         read_all(struct.pack("<I", len(body)) + body, messages)
 
@@ -292,14 +292,14 @@ def test_a_message_of_the_other_direction_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("length", [frames.MAX_FRAME_BYTES + 1, 2**32 - 1])
-def test_a_length_beyond_reason_is_an_error_before_anything_is_read(length: int) -> None:
+def test_a_frame_above_the_size_limit_is_an_error(length: int) -> None:
     with pytest.raises(FrameError, match=str(length)):
         read_all(struct.pack("<I", length), protocol.TO_ENGINE)
 
 
 @PROPERTY
 @given(st.binary(max_size=64))
-def test_noise_is_an_error_or_the_end_and_never_anything_else(noise: bytes) -> None:
+def test_random_bytes_are_a_frame_error_or_the_end(noise: bytes) -> None:
     try:
         read_all(struct.pack("<I", len(noise)) + noise, protocol.TO_FRONTEND)
     except FrameError:
@@ -312,14 +312,16 @@ types = st.lists(st.integers(0, 1), min_size=4, max_size=4)
 
 @PROPERTY
 @given(st.lists(st.tuples(ids, ids, types), max_size=4), st.booleans(), st.booleans())
-def test_texts_come_out_as_they_went_in(
+def test_texts_are_read_as_they_were_written(
     drawn: list[tuple[list[int], list[int], list[int]]], same: bool, step0_reads: bool
 ) -> None:
-    windows = TokenColumns.of([own for own, _, _ in drawn], [t[: len(o)] for o, _, t in drawn])
-    wholes = windows if same else TokenColumns.of([more for _, more, _ in drawn])
-    read = SentTexts.of(Texts(windows, wholes), step0_reads).read()
+    windows = TokenColumns.of(
+        [window for window, _, _ in drawn], [types[: len(window)] for window, _, types in drawn]
+    )
+    full_texts = windows if same else TokenColumns.of([full for _, full, _ in drawn])
+    read = SentTexts.of(Texts(windows, full_texts), step0_reads).read()
     assert columns(read.window) == columns(windows)
-    assert columns(read.full_text) == columns(wholes if step0_reads else windows)
+    assert columns(read.full_text) == columns(full_texts if step0_reads else windows)
     assert (read.full_text is read.window) == (same or not step0_reads)
 
 
@@ -331,52 +333,52 @@ def columns(texts: TokenColumns) -> tuple[list[int], list[int], list[int] | None
     )
 
 
-def test_token_ids_travel_little_endian() -> None:
+def test_token_ids_are_sent_little_endian() -> None:
     assert SentTokens.of(TokenColumns.of([[1, 258]])).ids == b"\x01\x00\x00\x00\x02\x01\x00\x00"
 
 
-GOOD = SentTokens.of(TokenColumns.of([[1, 2], [3]], [[0, 1], [0]]))
+VALID = SentTokens.of(TokenColumns.of([[1, 2], [3]], [[0, 1], [0]]))
 
 
 @pytest.mark.parametrize(
-    "bad",
+    "invalid",
     [
-        {"ids": GOOD.ids[:-1]},
-        {"ids": GOOD.ids[:-4]},
+        {"ids": VALID.ids[:-1]},
+        {"ids": VALID.ids[:-4]},
         {"ids": b""},
-        {"lengths": GOOD.lengths[:4]},
-        {"lengths": GOOD.lengths[:3]},
+        {"lengths": VALID.lengths[:4]},
+        {"lengths": VALID.lengths[:3]},
         {"lengths": np.array([-1, 4], "<i4").tobytes()},
         {"lengths": np.array([2**31 - 1, 2**31 - 1, 5], "<i4").tobytes()},
-        {"types": GOOD.types[:-4]},
+        {"types": VALID.types[:-4]},
         {"types": b"\0"},
     ],
     ids=str,
 )
-def test_columns_of_tokens_that_do_not_fit_together_are_an_error(bad: dict[str, bytes]) -> None:
+def test_inconsistent_columns_of_tokens_are_an_error(invalid: dict[str, bytes]) -> None:
     with pytest.raises(FrameError):
-        msgspec.structs.replace(GOOD, **bad).read()
+        msgspec.structs.replace(VALID, **invalid).read()
 
 
-def test_step_0_reads_as_many_texts_as_the_encoder() -> None:
+def test_a_missing_full_text_is_an_error() -> None:
     with pytest.raises(FrameError, match="one full text per"):
-        SentTexts(GOOD, SentTokens.of(TokenColumns.of([[1]]))).read()
+        SentTexts(VALID, SentTokens.of(TokenColumns.of([[1]]))).read()
 
 
 @PROPERTY
 @given(st.integers(0, 3), st.booleans(), st.booleans())
-def test_answers_come_out_as_they_went_in(count: int, chosen: bool, unfinished: bool) -> None:
+def test_answers_are_read_as_they_were_written(count: int, chosen: bool, unfinished: bool) -> None:
     heads = [[[0, 2], []]] * count if chosen else None
     errors = {0: "it failed"} if count else {}
-    told = answers_to(count, next_step=[2 * unfinished] * count, chosen=heads, errors=errors)
-    assert rows(SentAnswers.of(told).read()) == rows(told)
+    answers = answers_to(count, next_step=[2 * unfinished] * count, chosen=heads, errors=errors)
+    assert rows(SentAnswers.of(answers).read()) == rows(answers)
 
 
 SENT = SentAnswers.of(answers_to(2))
 
 
 @pytest.mark.parametrize("name", [name for name in SENT.__struct_fields__ if name != "errors"])
-def test_columns_of_answers_that_do_not_fit_together_are_an_error(name: str) -> None:
-    bad = [[[]]] if name == "chosen" else b"\0" * 11
+def test_inconsistent_columns_of_answers_are_an_error(name: str) -> None:
+    invalid = [[[]]] if name == "chosen" else b"\0" * 11
     with pytest.raises(FrameError):
-        msgspec.structs.replace(SENT, **{name: bad}).read()
+        msgspec.structs.replace(SENT, **{name: invalid}).read()

@@ -1,4 +1,4 @@
-"""Answers that are kept: each text's own, only for what they were asked for, and so many."""
+"""The answer cache: answers by text, model and options, within a limit of memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def model(model_store: Path) -> ServedModel:
 
 
 def computed(model: ServedModel, count: int, seed: int, **more: Any) -> AnsweredTexts:
-    """Return answers to texts, all of whose columns hold numbers that others hardly have."""
+    """Return random answers, so that those of two texts hardly ever coincide."""
     draw = np.random.default_rng(seed)
     labels, steps = len(model.checkpoint.manifest.labels), len(model.checkpoint.ladder)
     answers = Answers(
@@ -54,44 +54,44 @@ def fill(
     options: AnswerOptions = BALANCED,
     seed: int = 0,
 ) -> AnsweredTexts:
-    """Have answers to texts computed and kept."""
+    """Put answers to texts into the cache, and return them."""
     lookup = cache.look_up(model, options, texts)
     new = computed(model, len(lookup.misses), seed, quality=options.quality)
     return lookup.complete(new)
 
 
-def columns(found: AnsweredTexts) -> dict[str, np.ndarray[Any, Any]]:
-    own = {"lengths": found.lengths, "truncated": found.truncated}
-    return own | {name: getattr(found.answers, name) for name in COLUMNS}
+def columns(answered: AnsweredTexts) -> dict[str, np.ndarray[Any, Any]]:
+    of_texts = {"lengths": answered.lengths, "truncated": answered.truncated}
+    return of_texts | {name: getattr(answered.answers, name) for name in COLUMNS}
 
 
-def kept(
+def look_up(
     cache: AnswerCache, model: ServedModel, *texts: Text, options: AnswerOptions = BALANCED
 ) -> Lookup:
     return cache.look_up(model, options, texts)
 
 
-def test_kept_answers_are_those_that_were_computed(model: ServedModel) -> None:
+def test_cached_answers_equal_the_computed_ones(model: ServedModel) -> None:
     cache = AnswerCache(PLENTY)
     first = fill(cache, model, "a", "b", ("a", "b"))
-    again = kept(cache, model, ("a", "b"), "a", "b")
-    assert again.outcome == "hit"
-    assert not again.missing
-    found = again.complete(None)
+    lookup = look_up(cache, model, ("a", "b"), "a", "b")
+    assert lookup.outcome == "hit"
+    assert not lookup.missing
+    cached = lookup.complete(None)
     for name, column in columns(first).items():
-        same = columns(found)[name]
-        assert same.dtype == column.dtype
-        assert same.flags.c_contiguous
-        np.testing.assert_array_equal(same, column[[2, 0, 1]], name)
-    assert found.answers.quality == "balanced"
-    assert not found.answers.errors
-    assert found.answers.queue_seconds == found.answers.compute_seconds == 0
+        cached_column = columns(cached)[name]
+        assert cached_column.dtype == column.dtype
+        assert cached_column.flags.c_contiguous
+        np.testing.assert_array_equal(cached_column, column[[2, 0, 1]], name)
+    assert cached.answers.quality == "balanced"
+    assert not cached.answers.errors
+    assert cached.answers.queue_seconds == cached.answers.compute_seconds == 0
 
 
 def test_only_texts_without_an_answer_are_computed(model: ServedModel) -> None:
     cache = AnswerCache(PLENTY)
     first = fill(cache, model, "a", "b")
-    lookup = kept(cache, model, "x", "b", "y", "a")
+    lookup = look_up(cache, model, "x", "b", "y", "a")
     assert (lookup.outcome, lookup.misses, lookup.missing) == ("partial", [0, 2], ["x", "y"])
     np.testing.assert_array_equal(lookup.truncated[[1, 3]], first.truncated[[1, 0]])
     new = computed(model, 2, seed=7)
@@ -100,23 +100,23 @@ def test_only_texts_without_an_answer_are_computed(model: ServedModel) -> None:
         np.testing.assert_array_equal(column[[3, 1]], columns(first)[name], name)
         np.testing.assert_array_equal(column[[0, 2]], columns(new)[name], name)
     assert found.answers.queue_seconds == 0.2
-    assert kept(cache, model, "x", "y").outcome == "hit"
+    assert look_up(cache, model, "x", "y").outcome == "hit"
 
 
-def test_an_item_that_failed_is_named_by_its_place_and_not_kept(model: ServedModel) -> None:
+def test_failed_texts_are_named_by_their_index_and_not_cached(model: ServedModel) -> None:
     cache = AnswerCache(PLENTY)
     fill(cache, model, "a")
     new = computed(model, 2, seed=1, errors={1: "it failed"})
-    found = kept(cache, model, "x", "a", "y").complete(new)
+    found = look_up(cache, model, "x", "a", "y").complete(new)
     assert found.answers.errors == {2: "it failed"}
-    assert kept(cache, model, "x", "y").missing == ["y"]
+    assert look_up(cache, model, "x", "y").missing == ["y"]
 
 
-def test_answers_at_another_level_than_asked_are_not_kept(model: ServedModel) -> None:
+def test_answers_at_another_level_than_requested_are_not_cached(model: ServedModel) -> None:
     cache = AnswerCache(PLENTY)
-    found = kept(cache, model, "a").complete(computed(model, 1, seed=1, quality="fast"))
+    found = look_up(cache, model, "a").complete(computed(model, 1, seed=1, quality="fast"))
     assert found.answers.quality == "fast"
-    assert kept(cache, model, "a").outcome == "miss"
+    assert look_up(cache, model, "a").outcome == "miss"
 
 
 @pytest.mark.parametrize(
@@ -131,41 +131,41 @@ def test_answers_at_another_level_than_asked_are_not_kept(model: ServedModel) ->
     ],
     ids=str,
 )
-def test_an_answer_stands_only_for_what_it_was_asked_for(
+def test_an_answer_is_used_only_for_the_same_options(
     model: ServedModel, other: AnswerOptions
 ) -> None:
     cache = AnswerCache(PLENTY)
     fill(cache, model, "a")
-    assert kept(cache, model, "a", options=other).outcome == "miss"
+    assert look_up(cache, model, "a", options=other).outcome == "miss"
     fill(cache, model, "a", options=other, seed=1)
-    assert kept(cache, model, "a", options=other).outcome == "hit"
-    assert kept(cache, model, "a").outcome == "hit"
+    assert look_up(cache, model, "a", options=other).outcome == "hit"
+    assert look_up(cache, model, "a").outcome == "hit"
     assert len(cache) == 2
 
 
-def test_a_pair_is_neither_of_its_texts_nor_both_together(model: ServedModel) -> None:
+def test_a_pair_is_not_confused_with_other_texts(model: ServedModel) -> None:
     cache = AnswerCache(PLENTY)
     fill(cache, model, ("ab", "c"))
     others: list[Text] = ["ab", "abc", ("a", "bc"), ("abc", ""), ("c", "ab"), "ab\0c", "ab c"]
-    assert kept(cache, model, *others).outcome == "miss"
+    assert look_up(cache, model, *others).outcome == "miss"
 
 
-def test_the_answers_that_were_used_longest_ago_go_first(model: ServedModel) -> None:
+def test_the_least_recently_used_answers_are_evicted(model: ServedModel) -> None:
     one = AnswerCache(PLENTY)
     fill(one, model, "a")
     cache = AnswerCache(3 * one.bytes)
     for text in "abc":
         fill(cache, model, text)
     assert cache.bytes == 3 * one.bytes
-    kept(cache, model, "a")
+    look_up(cache, model, "a")
     fill(cache, model, "d")
-    assert [kept(cache, model, text).outcome for text in "abcd"] == ["hit", "miss", "hit", "hit"]
+    assert [look_up(cache, model, text).outcome for text in "abcd"] == ["hit", "miss", "hit", "hit"]
     fill(cache, model, *"efgh")
     assert (len(cache), cache.bytes) == (3, 3 * one.bytes)
-    assert kept(cache, model, *"efgh").missing == ["e"]
+    assert look_up(cache, model, *"efgh").missing == ["e"]
 
 
-def test_the_same_text_twice_is_kept_once(model: ServedModel) -> None:
+def test_a_repeated_text_is_cached_once(model: ServedModel) -> None:
     one = AnswerCache(PLENTY)
     fill(one, model, "a")
     cache = AnswerCache(PLENTY)
@@ -173,13 +173,13 @@ def test_the_same_text_twice_is_kept_once(model: ServedModel) -> None:
     assert (len(cache), cache.bytes) == (1, one.bytes)
 
 
-def test_nothing_is_kept_that_does_not_fit(model: ServedModel) -> None:
+def test_an_answer_larger_than_the_cache_is_not_cached(model: ServedModel) -> None:
     cache = AnswerCache(10)
     fill(cache, model, "a")
     assert (len(cache), cache.bytes) == (0, 0)
 
 
-def test_a_model_that_is_retired_takes_its_answers_with_it(model: ServedModel) -> None:
+def test_forgetting_a_model_removes_its_answers(model: ServedModel) -> None:
     sizes: list[int] = []
     cache, other = AnswerCache(PLENTY, sizes.append), replace(model)
     fill(cache, model, "a", "b")
@@ -188,11 +188,11 @@ def test_a_model_that_is_retired_takes_its_answers_with_it(model: ServedModel) -
     assert sizes[-1] == cache.bytes == 2 * half
     cache.forget(model)
     assert sizes[-1] == cache.bytes == half
-    assert kept(cache, model, "a", "b").outcome == "miss"
-    assert kept(cache, other, "a", "b").outcome == "hit"
+    assert look_up(cache, model, "a", "b").outcome == "miss"
+    assert look_up(cache, other, "a", "b").outcome == "hit"
 
 
-def test_answers_take_no_more_memory_than_is_said(model: ServedModel) -> None:
+def test_the_stated_size_bounds_the_memory_used(model: ServedModel) -> None:
     cache = AnswerCache(64 * PLENTY)
     batches = [[f"text {i + j}" for i in range(500)] for j in range(0, 20_000, 500)]
     new = computed(model, 500, seed=0)
@@ -200,7 +200,7 @@ def test_answers_take_no_more_memory_than_is_said(model: ServedModel) -> None:
     try:
         before, _ = tracemalloc.get_traced_memory()
         for batch in batches:
-            kept(cache, model, *batch).complete(new)
+            look_up(cache, model, *batch).complete(new)
         after, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

@@ -1,4 +1,4 @@
-"""Texts of several requests are decided at once, and each request gets its own."""
+"""Texts of several requests are decided in one call, and each request gets its own decisions."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def texts(*lengths: int) -> TokenColumns:
 
 
 @dataclass(frozen=True)
-class Noting(Decider):
-    """Decides that a text runs the step of its length, and notes what it was asked together."""
+class RecordingDecider(Decider):
+    """Decides that each text runs the step of its length, and records the lengths of each call."""
 
     calls: list[list[int]] = ...  # type: ignore[assignment]
 
@@ -34,28 +34,28 @@ class Noting(Decider):
         lengths = texts.lengths.tolist()
         self.calls.append(lengths)
         if 13 in lengths:
-            raise RuntimeError("an unlucky text")
+            raise RuntimeError("a text of 13 tokens")
         steps = np.array(lengths)
         return Decided(steps, steps == 0, steps / 10, steps[:, None].astype(np.float32))
 
 
-def noting() -> Noting:
-    return Noting(SIZES, None, [])
+def recording_decider() -> RecordingDecider:
+    return RecordingDecider(SIZES, None, [])
 
 
 async def test_requests_of_one_turn_are_decided_together() -> None:
-    decider, deciding = noting(), DecisionBatcher()
-    asked = [texts(1), texts(2, 3), texts(4)]
-    found = await asyncio.gather(*(deciding.decide(decider, RULE, some) for some in asked))
+    decider, deciding = recording_decider(), DecisionBatcher()
+    requests = [texts(1), texts(2, 3), texts(4)]
+    decisions = await asyncio.gather(*(deciding.decide(decider, RULE, own) for own in requests))
     assert decider.calls == [[1, 2, 3, 4]]
-    assert [one.steps.tolist() for one in found] == [[1], [2, 3], [4]]
-    assert [one.s.tolist() for one in found] == [[0.1], [0.2, 0.3], [0.4]]
+    assert [decided.steps.tolist() for decided in decisions] == [[1], [2, 3], [4]]
+    assert [decided.s.tolist() for decided in decisions] == [[0.1], [0.2, 0.3], [0.4]]
     await deciding.decide(decider, RULE, texts(5))
     assert decider.calls[1:] == [[5]]
 
 
-async def test_each_rule_and_decider_has_its_own_decision() -> None:
-    first, second, deciding = noting(), noting(), DecisionBatcher()
+async def test_each_rule_and_decider_has_its_own_call() -> None:
+    first, second, deciding = recording_decider(), recording_decider(), DecisionBatcher()
     await asyncio.gather(
         deciding.decide(first, RULE, texts(1)),
         deciding.decide(first, OTHER, texts(2)),
@@ -67,7 +67,7 @@ async def test_each_rule_and_decider_has_its_own_decision() -> None:
 
 
 async def test_many_texts_do_not_wait_for_others() -> None:
-    decider, deciding = noting(), DecisionBatcher()
+    decider, deciding = recording_decider(), DecisionBatcher()
     few = asyncio.create_task(deciding.decide(decider, RULE, texts(1)))
     await asyncio.sleep(0)
     await deciding.decide(decider, RULE, texts(*[2] * FEW_TEXTS))
@@ -75,21 +75,23 @@ async def test_many_texts_do_not_wait_for_others() -> None:
     assert decider.calls == [[2] * FEW_TEXTS, [1]]
 
 
-async def test_whoever_is_cancelled_leaves_the_others_their_answers() -> None:
-    decider, deciding = noting(), DecisionBatcher()
+async def test_a_cancelled_request_does_not_affect_others() -> None:
+    decider, deciding = recording_decider(), DecisionBatcher()
     tasks = [asyncio.create_task(deciding.decide(decider, RULE, texts(n))) for n in (1, 2, 3)]
     await asyncio.sleep(0)
     tasks[1].cancel()
-    found = await asyncio.gather(*tasks, return_exceptions=True)
-    assert isinstance(found[1], asyncio.CancelledError)
-    assert [one.steps.tolist() for one in found if isinstance(one, Decided)] == [[1], [3]]
+    first, cancelled, third = await asyncio.gather(*tasks, return_exceptions=True)
+    assert isinstance(cancelled, asyncio.CancelledError)
+    assert isinstance(first, Decided)
+    assert isinstance(third, Decided)
+    assert (first.steps.tolist(), third.steps.tolist()) == ([1], [3])
 
 
-async def test_an_error_reaches_everyone_who_waits_and_nobody_later() -> None:
-    decider, deciding = noting(), DecisionBatcher()
-    asked = [deciding.decide(decider, RULE, texts(n)) for n in (1, 13)]
-    found = await asyncio.gather(*asked, return_exceptions=True)
-    assert [str(one) for one in found] == ["an unlucky text"] * 2
+async def test_an_error_reaches_all_requests_of_its_call_only() -> None:
+    decider, deciding = recording_decider(), DecisionBatcher()
+    requests = [deciding.decide(decider, RULE, texts(n)) for n in (1, 13)]
+    errors = await asyncio.gather(*requests, return_exceptions=True)
+    assert [str(error) for error in errors] == ["a text of 13 tokens"] * 2
     assert (await deciding.decide(decider, RULE, texts(2))).steps.tolist() == [2]
 
 
@@ -99,11 +101,11 @@ class TestAnswers:
         decider = Decider(SIZES, None)
         steps, logits = np.array([0, 2, 0, 1]), np.arange(8, dtype=np.float32).reshape(4, 2)
         asked = np.array([True, True, True, False])
-        own = Decided(steps, asked, np.zeros(4, np.float32), logits)
+        decided = Decided(steps, asked, np.zeros(4, np.float32), logits)
         window = texts(5, 6, 7, 8)
-        return DecidedTexts(Texts(window, window), own, decider, RULE, "fast", 0.25)
+        return DecidedTexts(Texts(window, window), decided, decider, RULE, "fast", 0.25)
 
-    def test_they_stand_in_the_order_of_the_texts(self, decided: DecidedTexts) -> None:
+    def test_answers_of_step_0_and_engine_are_merged_in_order(self, decided: DecidedTexts) -> None:
         assert decided.unanswered == [1, 3]
         ran = answers_to(
             2,
@@ -134,6 +136,6 @@ class TestAnswers:
         stages = (answers.budget_seconds, answers.queue_seconds, answers.compute_seconds)
         assert stages == (0.25, 0.5, 0.75)
 
-    def test_heads_are_named_where_they_are_asked_for(self, decided: DecidedTexts) -> None:
+    def test_heads_are_listed_if_requested(self, decided: DecidedTexts) -> None:
         decided.decided.steps[:] = 0
         assert decided.answer(True, None).chosen == [[[]] * SIZES.layers] * 4

@@ -1,3 +1,5 @@
+"""Admission of requests: room in the queue, deadlines, and when to retry."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -14,8 +16,8 @@ seconds = st.floats(0, 1000)
 
 
 def ask(**changes: Any) -> Refusal | None:
-    """Ask for one item at a half full queue with much time, but for what is changed."""
-    asked: dict[str, Any] = {
+    """Ask for one item with much time at a half full queue, with arguments changed."""
+    arguments: dict[str, Any] = {
         "items": 1,
         "queued_items": 5,
         "max_items": 10,
@@ -23,46 +25,46 @@ def ask(**changes: Any) -> Refusal | None:
         "price": 0.1,
         "remaining": 60.0,
     }
-    return admit(**asked | changes)
+    return admit(**arguments | changes)
 
 
-def test_there_is_room() -> None:
+def test_a_request_is_admitted_if_there_is_room() -> None:
     assert ask() is None
 
 
 @pytest.mark.parametrize("items", [1, 4, 5])
-def test_room_is_filled_to_the_last_item(items: int) -> None:
+def test_the_queue_can_be_filled_completely(items: int) -> None:
     assert ask(items=items) is None
 
 
 @pytest.mark.parametrize("items", [6, 7, 100])
-def test_more_than_the_room_is_refused_whole(items: int) -> None:
+def test_a_request_that_does_not_fit_is_refused_as_a_whole(items: int) -> None:
     refusal = ask(items=items)
     assert refusal is not None
     assert refusal.reason == "queue_full"
 
 
-def test_a_request_larger_than_the_queue_is_let_in_when_the_queue_is_empty() -> None:
+def test_a_request_larger_than_the_queue_is_admitted_if_the_queue_is_empty() -> None:
     assert ask(items=11, queued_items=0, queued_seconds=0.0) is None
 
 
 @pytest.mark.parametrize("remaining", [1.0, 0.5, 0.0, -3.0])
-def test_a_deadline_that_cannot_be_met_is_refused_at_once(remaining: float) -> None:
+def test_a_deadline_that_cannot_be_met_is_refused(remaining: float) -> None:
     refusal = ask(remaining=remaining)
     assert refusal is not None
     assert refusal.reason == "deadline"
 
 
-def test_a_deadline_that_can_just_be_met_is_accepted() -> None:
+def test_a_deadline_that_can_just_be_met_is_admitted() -> None:
     assert ask(queued_seconds=1.0, price=0.5, remaining=MARGIN + 0.5) is None
 
 
-def test_a_deadline_that_only_an_exact_estimate_would_meet_is_refused() -> None:
+def test_a_deadline_within_the_margin_of_the_estimate_is_refused() -> None:
     assert ask(queued_seconds=1.0, price=0.5, remaining=1.55) == Refusal("deadline", 1)
     assert ask(queued_seconds=0.0, price=0.5, remaining=0.5) is None
 
 
-def test_the_price_alone_may_be_too_much_for_a_deadline() -> None:
+def test_a_price_above_the_deadline_is_refused() -> None:
     assert ask(queued_items=0, queued_seconds=0.0, price=2.0, remaining=1.0) is not None
 
 
@@ -75,49 +77,47 @@ def test_the_price_alone_may_be_too_much_for_a_deadline() -> None:
     price=seconds,
     remaining=st.floats(-10, 100),
 )
-def test_a_refusal_says_when_to_come_back_in_whole_positive_seconds(**asked: Any) -> None:
-    refusal = admit(**asked)
+def test_retry_after_is_at_least_one_whole_second(**arguments: Any) -> None:
+    refusal = admit(**arguments)
     if refusal is not None:
         assert isinstance(refusal.retry_after, int)
         assert refusal.retry_after >= 1
-        assert refusal.retry_after <= asked["queued_seconds"] + asked["price"] + 11
+        assert refusal.retry_after <= arguments["queued_seconds"] + arguments["price"] + 11
 
 
 @PROPERTY
 @given(st.integers(1, 100), st.integers(0, 100), st.integers(1, 100), seconds, seconds, seconds)
 def test_an_admitted_request_has_room_and_time(
-    items: int, queued: int, most: int, queued_seconds: float, price: float, remaining: float
+    items: int, queued: int, limit: int, queued_seconds: float, price: float, remaining: float
 ) -> None:
-    if admit(items, queued, most, queued_seconds, price, remaining) is None:
-        assert queued == 0 or queued + items <= most
+    if admit(items, queued, limit, queued_seconds, price, remaining) is None:
+        assert queued == 0 or queued + items <= limit
         assert queued_seconds + price <= remaining
 
 
 @PROPERTY
 @given(st.integers(1, 20), st.floats(1, 1000))
-def test_the_fuller_the_queue_must_drain_the_longer_the_wait(
-    items: int, queued_seconds: float
-) -> None:
+def test_larger_requests_are_told_to_retry_later(items: int, queued_seconds: float) -> None:
     waits = []
-    for more in (0, 5):
-        refusal = ask(items=items + more, queued_items=10, queued_seconds=queued_seconds)
+    for extra in (0, 5):
+        refusal = ask(items=items + extra, queued_items=10, queued_seconds=queued_seconds)
         assert refusal is not None
         waits.append(refusal.retry_after)
     assert waits == sorted(waits)
 
 
-def test_the_wait_is_the_time_in_which_room_opens() -> None:
-    # Of ten items that take 40 s, five must be done before five more fit.
+def test_retry_after_is_the_time_until_there_is_room() -> None:
+    # Five of ten items that take 40 s must be done before five others fit.
     refusal = ask(items=5, queued_items=10, queued_seconds=40.0)
     assert refusal == Refusal("queue_full", 20)
 
 
-def test_the_wait_for_a_deadline_is_what_is_missing() -> None:
-    # 5 s are enough when what waits has shrunk to 4.7 / 1.2 seconds.
+def test_retry_after_is_the_time_until_the_deadline_can_be_met() -> None:
+    # 5 s are enough once the queue has shrunk to 4.7 / 1.2 seconds.
     assert ask(queued_seconds=7.2, price=0.3, remaining=5.0) == Refusal("deadline", 4)
 
 
-def test_nobody_is_told_to_wait_longer_than_the_whole_queue_takes() -> None:
+def test_retry_after_is_at_most_the_time_of_the_whole_queue() -> None:
     refusal = ask(items=1000, queued_items=10, queued_seconds=12.0)
     assert refusal is not None
     assert refusal.retry_after == 12

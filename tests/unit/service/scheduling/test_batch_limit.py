@@ -1,3 +1,5 @@
+"""The limit of batch sizes after memory ran out."""
+
 from __future__ import annotations
 
 from hypothesis import given, settings
@@ -8,7 +10,7 @@ from service.scheduling.batch_limit import FULL_BATCHES, STEPS, BatchLimit
 PROPERTY = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 
 
-def test_it_grows_back_after_a_shortage_that_has_passed() -> None:
+def test_the_limit_grows_back_after_full_batches_succeed() -> None:
     limit = BatchLimit(256)
     limit.shrink(3)
     assert limit.items == 3
@@ -21,7 +23,7 @@ def test_it_grows_back_after_a_shortage_that_has_passed() -> None:
     assert limit.items == 256
 
 
-def test_smaller_batches_prove_nothing() -> None:
+def test_smaller_batches_do_not_raise_the_limit() -> None:
     limit = BatchLimit(256)
     limit.shrink(100)
     for _ in range(1000):
@@ -29,7 +31,7 @@ def test_smaller_batches_prove_nothing() -> None:
     assert limit.items == 100
 
 
-def test_while_memory_stays_short_few_batches_fail() -> None:
+def test_few_batches_fail_while_memory_stays_short() -> None:
     limit, room, failed, done = BatchLimit(256), 40, 0, 0
     for _ in range(1000):
         if limit.items > room:
@@ -44,11 +46,13 @@ def test_while_memory_stays_short_few_batches_fail() -> None:
 
 @PROPERTY
 @given(st.integers(1, 300), st.lists(st.integers(-300, 300)))
-def test_it_stays_within_one_and_the_configured_size(configured: int, seen: list[int]) -> None:
+def test_the_limit_is_between_one_and_the_configured_size(
+    configured: int, batches: list[int]
+) -> None:
     limit = BatchLimit(configured)
-    for number in seen:
-        if number <= 0:
-            limit.shrink(-number)
+    for size in batches:
+        if size <= 0:
+            limit.shrink(-size)
         else:
-            limit.succeeded(number)
+            limit.succeeded(size)
         assert 1 <= limit.items <= configured

@@ -1,3 +1,5 @@
+"""Brown-out: the quality level falls under load and returns after a calm."""
+
 from __future__ import annotations
 
 import pytest
@@ -17,35 +19,35 @@ PROPERTY = settings(max_examples=80, deadline=None, derandomize=True, database=N
 LIMITS = BrownOutLimits(lower_at=1.0, raise_at=0.2, settle=0.5, calm=5.0)
 
 
-def three() -> BrownOut:
+def three_levels() -> BrownOut:
     return BrownOut(["best", "balanced", "fast"], LIMITS)
 
 
 def test_the_normal_level_is_in_force_at_first() -> None:
-    assert three().level == "best"
+    assert three_levels().level == "best"
 
 
 def test_a_long_queue_lowers_the_level_by_one() -> None:
-    brown = three()
+    brown = three_levels()
     assert brown.observe(1.1, now=0.0) == "balanced"
 
 
-def test_a_step_down_is_given_time_before_the_next() -> None:
-    brown = three()
+def test_the_level_settles_before_the_next_step_down() -> None:
+    brown = three_levels()
     levels = [brown.observe(2.0, now) for now in (0.0, 0.1, 0.4, 0.6, 0.7)]
     assert levels == ["balanced", "balanced", "balanced", "fast", "fast"]
 
 
-def test_it_climbs_only_after_a_calm() -> None:
-    brown = three()
+def test_the_level_rises_only_after_a_calm() -> None:
+    brown = three_levels()
     brown.observe(2.0, 0.0)
     assert brown.observe(0.1, 1.0) == "balanced"
     assert brown.observe(0.1, 5.9) == "balanced"
     assert brown.observe(0.1, 6.0) == "best"
 
 
-def test_a_disturbed_calm_starts_anew() -> None:
-    brown = three()
+def test_an_interrupted_calm_starts_again() -> None:
+    brown = three_levels()
     brown.observe(2.0, 0.0)
     brown.observe(0.1, 1.0)
     brown.observe(0.5, 4.0)
@@ -53,8 +55,8 @@ def test_a_disturbed_calm_starts_anew() -> None:
     assert brown.observe(0.1, 11.5) == "best"
 
 
-def test_every_step_up_is_earned_anew() -> None:
-    brown = three()
+def test_every_step_up_needs_its_own_calm() -> None:
+    brown = three_levels()
     brown.observe(2.0, 0.0)
     brown.observe(2.0, 1.0)
     levels = [brown.observe(0.0, now) for now in (2.0, 7.0, 8.0, 12.0)]
@@ -62,7 +64,7 @@ def test_every_step_up_is_earned_anew() -> None:
 
 
 def test_between_the_limits_nothing_changes() -> None:
-    brown = three()
+    brown = three_levels()
     brown.observe(2.0, 0.0)
     assert {brown.observe(0.6, float(now)) for now in range(1, 100)} == {"balanced"}
 
@@ -72,7 +74,7 @@ def test_between_the_limits_nothing_changes() -> None:
     st.sampled_from(QUALITY_NAMES),
     st.lists(st.tuples(st.floats(0, 10), st.floats(0.01, 10)), max_size=60),
 )
-def test_it_moves_one_level_at_a_time_and_never_below_the_floor(
+def test_the_level_moves_one_at_a_time_and_never_below_the_floor(
     floor: QualityName, steps: list[tuple[float, float]]
 ) -> None:
     levels: list[QualityName] = ["best", "balanced", "fast"]
@@ -90,12 +92,12 @@ def test_it_moves_one_level_at_a_time_and_never_below_the_floor(
     ("floor", "levels"),
     [("fast", ["balanced", "fast"]), ("balanced", ["balanced"]), ("best", ["balanced"])],
 )
-def test_levels_end_at_the_floor(floor: QualityName, levels: list[str]) -> None:
+def test_levels_down_to_ends_at_the_floor(floor: QualityName, levels: list[str]) -> None:
     assert levels_down_to(floor) == levels
 
 
-def test_a_higher_floor_raises_the_level_at_once_and_a_lower_one_lets_it_fall_further() -> None:
-    brown = three()
+def test_changed_levels_apply_at_once() -> None:
+    brown = three_levels()
     for now in (0.0, 1.0):
         brown.observe(2.0, now)
     assert brown.level == "fast"
@@ -106,16 +108,16 @@ def test_a_higher_floor_raises_the_level_at_once_and_a_lower_one_lets_it_fall_fu
 
 
 @pytest.mark.parametrize(
-    ("floor", "level", "kept"),
+    ("floor", "level", "expected"),
     [
         ("fast", "fast", "fast"), ("balanced", "fast", "balanced"), ("best", "fast", "balanced"),
         ("fast", "balanced", "balanced"), ("best", "best", "best"),
     ],
 )  # fmt: skip
-def test_a_floor_of_its_own_keeps_a_model_above_the_level_but_not_above_the_normal_one(
-    floor: QualityName, level: QualityName, kept: QualityName
+def test_the_floor_of_a_model_raises_its_level_up_to_the_normal_one(
+    floor: QualityName, level: QualityName, expected: QualityName
 ) -> None:
-    assert kept_above(floor, level) == kept
+    assert kept_above(floor, level) == expected
 
 
 def test_levels_end_at_the_lowest_floor() -> None:

@@ -1,3 +1,5 @@
+"""The heap with removal of any item."""
+
 from __future__ import annotations
 
 import weakref
@@ -21,7 +23,7 @@ PROPERTY = settings(max_examples=100, deadline=None, derandomize=True, database=
         max_size=120,
     )
 )
-def test_it_behaves_as_a_sorted_list(operations: list[tuple[str, int]]) -> None:
+def test_behaves_like_a_sorted_list(operations: list[tuple[str, int]]) -> None:
     heap: Heap[int] = Heap()
     model: list[tuple[int, int]] = []
     for item, (operation, value) in enumerate(operations):
@@ -30,9 +32,9 @@ def test_it_behaves_as_a_sorted_list(operations: list[tuple[str, int]]) -> None:
                 heap.push(value, item)
                 model.append((value, item))
             case "discard":
-                there = [one for one in model if one[1] == value]
-                assert heap.discard(value) == bool(there)
-                model = [one for one in model if one not in there]
+                matching = [pair for pair in model if pair[1] == value]
+                assert heap.discard(value) == bool(matching)
+                model = [pair for pair in model if pair not in matching]
             case _ if model:
                 assert heap.first() == min(model)
                 assert heap.pop() == min(model)[1]
@@ -41,7 +43,7 @@ def test_it_behaves_as_a_sorted_list(operations: list[tuple[str, int]]) -> None:
         assert set(heap) == {item for _, item in model}
 
 
-def test_an_item_that_comes_back_has_its_new_key_alone() -> None:
+def test_an_item_pushed_again_has_only_its_new_key() -> None:
     heap: Heap[str] = Heap()
     heap.push(1.0, "a")
     heap.discard("a")
@@ -51,22 +53,22 @@ def test_an_item_that_comes_back_has_its_new_key_alone() -> None:
 
 
 class Thing:
-    """Something that is freed when nobody holds it."""
+    """An object that a weak reference can observe."""
 
 
 def test_discarded_items_are_freed_at_once() -> None:
     heap: Heap[Thing] = Heap()
-    kept, given_up = Thing(), Thing()
+    kept, discarded = Thing(), Thing()
     heap.push(0.0, kept)
-    heap.push(1.0, given_up)
-    freed = weakref.ref(given_up)
-    heap.discard(given_up)
-    del given_up
-    assert freed() is None
+    heap.push(1.0, discarded)
+    reference = weakref.ref(discarded)
+    heap.discard(discarded)
+    del discarded
+    assert reference() is None
     assert heap.pop() is kept
 
 
-def test_what_is_left_of_discarded_items_is_bounded() -> None:
+def test_records_of_discarded_items_are_bounded() -> None:
     heap: Heap[int] = Heap()
     heap.push(0.0, -1)
     for item in range(10_000):

@@ -1,3 +1,5 @@
+"""Rate and request limits of a key, shared by frontends without locks."""
+
 from __future__ import annotations
 
 from hypothesis import given, settings
@@ -18,7 +20,7 @@ def frontends(count: int) -> list[SharedUsage]:
 
 
 class Key:
-    """Texts of one key with a rate and a burst, asked for at one frontend of several."""
+    """A key with a rate and a burst at several frontends."""
 
     def __init__(self, rate: float, burst: float, count: int = 2) -> None:
         self.rate, self.burst = rate, burst
@@ -29,7 +31,7 @@ class Key:
 
 
 class Bucket:
-    """A token bucket that one process keeps, as the measure of the shared one."""
+    """A token bucket of one process, to which the shared one must be equal."""
 
     def __init__(self, rate: float, burst: float, now: float) -> None:
         self.rate, self.burst, self.level, self.filled = rate, burst, burst, now
@@ -47,34 +49,34 @@ class Bucket:
 
 
 class TestRate:
-    def test_a_full_bucket_gives_its_burst_at_once_and_then_by_the_rate(self) -> None:
+    def test_a_full_bucket_allows_its_burst_and_then_the_rate(self) -> None:
         key = Key(rate=10, burst=20)
         assert key.take(20, now=0) == 0
         assert key.take(1, now=0, at=1) == 0.1
         assert key.take(1, now=0.1, at=1) == 0
         assert abs(key.take(5, now=0.2) - 0.4) < 1e-9
 
-    def test_what_is_refused_takes_nothing(self) -> None:
+    def test_refused_texts_are_not_counted(self) -> None:
         key = Key(rate=1, burst=10)
         key.take(10, now=0)
         for _ in range(100):
             assert key.take(2, now=1, at=1) == 1
         assert key.take(2, now=2) == 0
 
-    def test_more_than_the_burst_waits_for_a_full_bucket_and_leaves_a_debt(self) -> None:
+    def test_more_than_the_burst_needs_a_full_bucket_and_leaves_a_debt(self) -> None:
         key = Key(rate=10, burst=10)
         assert key.take(50, now=0) == 0
         assert abs(key.take(1, now=1, at=1) - 3.1) < 1e-9
         assert key.take(50, now=4) == 1
         assert key.take(50, now=5, at=1) == 0
 
-    def test_a_clock_that_lags_fills_nothing_and_loses_nothing(self) -> None:
+    def test_a_clock_that_lags_does_not_change_the_rate(self) -> None:
         key = Key(rate=10, burst=10)
         key.take(10, now=100)
         assert key.take(1, now=99.9, at=1) > 0.1
         assert abs(key.take(1, now=100, at=1) - 0.1) < 1e-9
 
-    def test_an_unused_key_saves_no_more_than_its_burst_wherever_it_was_used_before(self) -> None:
+    def test_an_unused_key_saves_at_most_its_burst(self) -> None:
         key = Key(rate=10, burst=10, count=3)
         for now in range(100):
             assert key.take(10, now=now, at=0) == 0, "one frontend alone gets the whole rate"
@@ -92,7 +94,7 @@ class TestRate:
             max_size=60,
         ),
     )
-    def test_four_frontends_are_one_bucket(
+    def test_four_frontends_behave_like_one_bucket(
         self,
         rate: float,
         burst: int,
@@ -104,7 +106,7 @@ class TestRate:
             now += pause
             wait, expected = key.take(texts, now, at), bucket.take(texts, now)
             if min(wait, expected) == 0 < max(wait, expected):
-                assert max(wait, expected) < 1e-6, "only rounding tells them apart"
+                assert max(wait, expected) < 1e-6, "a difference beyond rounding"
                 return
             assert abs(wait - expected) < 1e-6
             if unused and wait == 0:
@@ -113,26 +115,26 @@ class TestRate:
 
     @PROPERTY
     @given(st.data())
-    def test_frontends_that_look_at_the_same_instant_exceed_the_rate_once(
+    def test_simultaneous_frontends_exceed_the_rate_by_one_request_each(
         self, data: st.DataObject
     ) -> None:
-        # Each writes what it took only after all have looked, as late as can be.
+        # The worst case: each frontend writes only after all have read.
         count, burst = 4, 2.0
         written = [numbers(count) for _ in range(3)]
         taken = 0.0
         for now in range(200):
-            seen = [memoryview(bytearray(one)).cast("d") for one in written]
-            for row in data.draw(st.sets(st.integers(0, count - 1)), label="asked at"):
-                mine = [memoryview(bytearray(one)).cast("d") for one in seen]
-                if SharedUsage(*mine, row).take(1.5, burst, now) == 0:
+            snapshot = [memoryview(bytearray(column)).cast("d") for column in written]
+            for row in data.draw(st.sets(st.integers(0, count - 1)), label="frontends"):
+                read = [memoryview(bytearray(column)).cast("d") for column in snapshot]
+                if SharedUsage(*read, row).take(1.5, burst, now) == 0:
                     taken += 1.5
-                for one, copy in zip(written, mine, strict=True):
-                    one[row] = copy[row]
+                for column, changed in zip(written, read, strict=True):
+                    column[row] = changed[row]
             assert taken <= burst + now + count * 1.5
 
 
 class TestRequests:
-    def test_no_more_than_allowed_over_all_frontends(self) -> None:
+    def test_the_limit_holds_over_all_frontends(self) -> None:
         first, second = frontends(2)
         assert first.begin(2)
         assert second.begin(2)
@@ -142,13 +144,13 @@ class TestRequests:
         assert first.begin(2)
         assert not second.begin(2)
 
-    def test_a_lower_limit_counts_what_is_under_way(self) -> None:
+    def test_a_lowered_limit_counts_running_requests(self) -> None:
         first, second = frontends(2)
         assert all(first.begin(None) for _ in range(3))
         assert not second.begin(3)
         assert second.begin(4)
 
-    def test_what_a_frontend_held_that_has_ended_is_free_again(self) -> None:
+    def test_requests_of_an_ended_frontend_are_released(self) -> None:
         requests = numbers(2)
 
         def release(found: Numbers) -> None:

@@ -1,3 +1,5 @@
+"""Scheduling policies on a simulated device."""
+
 from __future__ import annotations
 
 from hypothesis import given, settings
@@ -59,7 +61,7 @@ def test_every_text_is_answered_under_every_policy(
         assert all(one.latency is not None and one.latency > 0 for one in requests)
 
 
-def test_a_trace_is_the_same_every_time_and_has_its_rate() -> None:
+def test_a_trace_is_repeatable_and_has_its_rate() -> None:
     first, again = trace(MIX, 100.0, 0.5), trace(MIX, 100.0, 0.5)
     assert [r.arrived for r in first] == [r.arrived for r in again]
     singles = [r for r in first if len(r.items) == 1]

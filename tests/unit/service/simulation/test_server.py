@@ -1,3 +1,5 @@
+"""A simulated server: its processes, queues, deadlines and quality levels."""
+
 from __future__ import annotations
 
 from dataclasses import replace
@@ -16,7 +18,7 @@ PROPERTY = rules(max_examples=60, deadline=None, derandomize=True, database=None
 END = float("inf")
 
 
-def test_a_lone_request_takes_all_its_parts() -> None:
+def test_the_latency_of_a_lone_request_is_the_sum_of_its_parts() -> None:
     costs = ServerCosts(ProcessCost(0.5, 0.25, 0.001), EngineCost(0.125, 0.0625, 0.03125), way=1.0)
     running, records = server(model(StepCost(2.0, 0.01, 0.5)), costs)
     running.offer([text(1)])
@@ -31,11 +33,11 @@ def test_a_lone_request_takes_all_its_parts() -> None:
     }
 
 
-def test_frontend_and_decision_take_the_whole_of_a_long_text() -> None:
-    made = model(StepCost(2.0, 0.01, 0))
-    decision, *steps = StepCost(0, 0.001, 0), made.table.steps[1]
-    made = replace(made, table=replace(made.table, steps=(decision, *steps)))
-    running, records = server(made, ServerCosts(ProcessCost(token=0.002)))
+def test_frontend_and_decision_read_long_texts_in_full() -> None:
+    served = model(StepCost(2.0, 0.01, 0))
+    steps = (StepCost(0, 0.001, 0), served.table.steps[1])
+    served = replace(served, table=replace(served.table, steps=steps))
+    running, records = server(served, ServerCosts(ProcessCost(token=0.002)))
     running.offer([replace(text(1), step_0_tokens=1000)])
     running.advance(END)
     assert records.latency[0] == pytest.approx(2.0 + 1.0 + (2.0 + 1.0))
@@ -50,8 +52,9 @@ def test_an_escalated_text_runs_twice() -> None:
 
 @pytest.mark.parametrize(("cores", "first", "second"), [(1, 17.0, 22.0), (2, 11.0, 16.0)])
 def test_processes_share_the_cores(cores: int, first: float, second: float) -> None:
-    # Three seconds to let a text in, five to compute it, three to let it out. On one core the first
-    # text's five take eight, as the second one comes in beside them; and its way out takes six.
+    # A text needs three seconds to be read, five to be computed and three to be answered. On one
+    # core, the second text is read while the first one is computed, so these five seconds take
+    # eight; and answering the first takes six.
     costs = ServerCosts(ProcessCost(text=6.0))
     running, records = server(model(StepCost(5.0, 0, 0)), costs, cores)
     running.offer([text(1)])
@@ -60,13 +63,13 @@ def test_processes_share_the_cores(cores: int, first: float, second: float) -> N
     assert list(records.latency) == pytest.approx([first, second])
 
 
-def test_a_frontend_that_goes_on_from_another_request_is_not_woken_for_the_next() -> None:
+def test_a_busy_frontend_continues_with_the_next_request_at_lower_cost() -> None:
     costs = ServerCosts(ProcessCost(request=2.0), hub=ProcessCost(request=8.0), among=0.5)
     running, records = server(model(FREE), costs, 3)
     for _ in range(2):
         running.offer([text(1)])
     running.advance(END)
-    # One second in for the first and half of one for the second; then they wait for their way out.
+    # Reading takes one second for the first and half a second for the second request.
     assert list(records.latency) == pytest.approx([2.0, 2.5])
     assert records.busy["frontend"] == pytest.approx(1.0 + 3 * 0.5)
     assert records.busy["hub"] == pytest.approx(8.0 + 4.0)
@@ -96,12 +99,12 @@ def test_a_frontend_refuses_what_the_queues_could_not_hold() -> None:
         running.offer([text(1)])
     running.advance(END)
     assert OUTCOMES[records.outcome[0]] == "refused"
-    # Two were let in at 50.5 seconds each before it, and it was not tokenized.
+    # Two were admitted before, at 50.5 seconds each; the refused one was not tokenized.
     assert records.latency[0] == pytest.approx(102.0)
 
 
-def test_what_waits_past_its_deadline_expires() -> None:
-    # Nobody knows how slow this device is until it has run a batch.
+def test_requests_waiting_past_their_deadline_expire() -> None:
+    # The price does not include the slow runs until the device has run a batch.
     slow = model(StepCost(1.0, 0, 0))
     running, records = server(
         slow, ServerCosts(engine=EngineCost(run=7.0)), batch_items=1, timeout_ms=6000
@@ -112,8 +115,8 @@ def test_what_waits_past_its_deadline_expires() -> None:
     assert sorted(OUTCOMES[o] for o in records.outcome) == ["answered", "expired", "expired"]
 
 
-def test_a_deadline_counts_from_when_the_frontend_begins() -> None:
-    # The second request is begun after half a second, and its turn comes after 6.2.
+def test_a_deadline_counts_from_the_start_of_the_request() -> None:
+    # The second request starts after half a second and is computed after 6.2.
     costs = ServerCosts(ProcessCost(request=1.0), EngineCost(run=2.85))
     running, records = server(model(FREE), costs, 2, batch_items=1, timeout_ms=6000)
     for _ in range(2):
@@ -122,7 +125,7 @@ def test_a_deadline_counts_from_when_the_frontend_begins() -> None:
     assert [OUTCOMES[o] for o in records.outcome] == ["answered", "answered"]
 
 
-def test_quality_comes_back_while_nobody_asks() -> None:
+def test_quality_recovers_while_the_server_is_idle() -> None:
     running, records = server(
         model(StepCost(0.0, 0, 0.01), StepCost(0.0, 0, 0.1)),
         NOTHING, quality="auto", timeout_ms=60_000,
@@ -138,7 +141,7 @@ def test_quality_comes_back_while_nobody_asks() -> None:
     ]  # fmt: skip
 
 
-def test_overload_lowers_the_quality_before_anyone_is_refused() -> None:
+def test_overload_lowers_the_quality_before_requests_are_refused() -> None:
     running, records = server(
         model(StepCost(0.0, 0, 0.01), StepCost(0.0, 0, 0.1)),
         NOTHING, quality="auto", timeout_ms=60_000,
@@ -161,7 +164,7 @@ PATHS = st.lists(st.sampled_from([(), (1,), (1, 2)]), min_size=1, max_size=20)
     st.lists(st.tuples(st.floats(0, 0.05), PATHS), min_size=1, max_size=40),
     st.integers(1, 3), st.integers(1, 2), st.integers(1, 3),
 )  # fmt: skip
-def test_every_request_leaves_once(
+def test_every_request_ends_once(
     gaps: list[tuple[float, list[tuple[int, ...]]]], cores: int, fronts: int, engines: int
 ) -> None:
     running, records = server(
@@ -177,11 +180,11 @@ def test_every_request_leaves_once(
     assert len(records.latency) == len(gaps)
     assert sum(records.texts) == sum(len(paths) for _, paths in gaps)
     assert all(latency > COSTS.way for latency in records.latency)
-    # No more work than the cores can do in the time.
+    # The work does not exceed the time of the cores.
     assert sum(records.busy.values()) <= cores * running.now * (1 + 1e-9)
 
 
-def test_a_device_that_costs_nothing_answers_at_once() -> None:
+def test_without_costs_answers_take_no_time() -> None:
     running, records = server(model(FREE), NOTHING)
     running.offer([text(1)] * 3)
     running.advance(END)

@@ -1,3 +1,5 @@
+"""Texts of a simulation: measured, or generated from the figures of calibration."""
+
 from __future__ import annotations
 
 from collections import Counter, defaultdict
@@ -21,7 +23,7 @@ def topics(model_store: Path) -> Checkpoint:
 
 
 @pytest.mark.parametrize("name", [f"{TOPICS}/2", f"{CHAINED}/1"])
-def test_measured_texts_need_what_the_classifier_spends(model_store: Path, name: str) -> None:
+def test_measured_texts_run_the_steps_of_the_classifier(model_store: Path, name: str) -> None:
     words = [sentence for label in LABELS for sentence in sentences(label)[:12]]
     found = measure_texts(read_checkpoint(model_store / name), words).texts
     classifier = Classifier(model_store / name, precision="float32")
@@ -31,12 +33,12 @@ def test_measured_texts_need_what_the_classifier_spends(model_store: Path, name:
         assert [[*t.steps[level]] for t in found] == [[k for k in a.steps if k] for a in answers]
 
 
-def test_no_text_cannot_be_measured(topics: Checkpoint) -> None:
+def test_measuring_without_texts_is_an_error(topics: Checkpoint) -> None:
     with pytest.raises(DataError, match="no texts"):
         measure_texts(topics, [])
 
 
-def test_made_up_texts_need_what_calibration_saw(topics: Checkpoint) -> None:
+def test_generated_texts_run_the_calibrated_shares_of_steps(topics: Checkpoint) -> None:
     rules = {level: topics.rule(level) for level in QUALITY_NAMES}
     found = generate_texts(rules, 20.0, 512, seed=1)
     for level, rule in rules.items():
@@ -46,7 +48,7 @@ def test_made_up_texts_need_what_calibration_saw(topics: Checkpoint) -> None:
     assert found.mean_tokens == pytest.approx(20.0, rel=0.03)
 
 
-def test_a_heavy_tail_has_the_mean_and_is_longer(topics: Checkpoint) -> None:
+def test_a_heavy_tail_keeps_the_mean_length(topics: Checkpoint) -> None:
     rules = {level: topics.rule(level) for level in QUALITY_NAMES}
     plain, heavy = (
         [t.tokens for t in generate_texts(rules, 50.0, 5000, tail).texts] for tail in (None, 2.0)
@@ -56,7 +58,7 @@ def test_a_heavy_tail_has_the_mean_and_is_longer(topics: Checkpoint) -> None:
     assert max(t.tokens for t in generate_texts(rules, 50.0, 64, 2.0).texts) == 64
 
 
-def test_step_0_reads_more_of_the_long_ones(topics: Checkpoint) -> None:
+def test_step_0_reads_more_tokens_of_long_texts(topics: Checkpoint) -> None:
     rules = {level: topics.rule(level) for level in QUALITY_NAMES}
     found = generate_texts(rules, 50.0, 64, 2.0, max_step_0_tokens=200).texts
     assert max(t.tokens for t in found) == 64
@@ -67,7 +69,7 @@ def test_step_0_reads_more_of_the_long_ones(topics: Checkpoint) -> None:
     assert short.tokens == short.step_0_tokens
 
 
-def test_the_mix_of_hard_and_easy_texts_can_be_chosen() -> None:
+def test_the_share_of_hard_texts_can_be_set() -> None:
     mixed = Population([text(), text(), text(), text(1)]).with_hard_share(0.6)
     assert mixed.hard_share == pytest.approx(0.6)
     drawn = mixed.draw(10_000, np.random.default_rng(0))
@@ -77,14 +79,14 @@ def test_the_mix_of_hard_and_easy_texts_can_be_chosen() -> None:
 
 
 @pytest.mark.parametrize("quality", [*QUALITY_NAMES, 1.5, 0.3])
-def test_ways_through_a_chain_are_as_frequent_as_calibration_saw(
+def test_paths_through_a_chain_have_the_calibrated_shares(
     model_store: Path, quality: str | float
 ) -> None:
     rule = read_checkpoint(model_store / CHAINED / "1").rule(quality)
-    ways = paths_with_shares(rule)
-    assert sum(share for share, _ in ways) == pytest.approx(1)
+    paths = paths_with_shares(rule)
+    assert sum(share for share, _ in paths) == pytest.approx(1)
     ends, runs = defaultdict[int, float](float), defaultdict[int, float](float)
-    for share, steps in ways:
+    for share, steps in paths:
         assert list(steps) == sorted({*steps} & {*CHAIN})
         ends[steps[-1] if steps else 0] += share
         for step in steps:
@@ -93,7 +95,7 @@ def test_ways_through_a_chain_are_as_frequent_as_calibration_saw(
     assert runs == pytest.approx({k: v for k, v in (rule.expected_runs() or {}).items() if v})
 
 
-def test_made_up_texts_run_whole_chains(model_store: Path) -> None:
+def test_generated_texts_run_whole_chains(model_store: Path) -> None:
     chained = read_checkpoint(model_store / CHAINED / "1")
     found = generate_texts({level: chained.rule(level) for level in QUALITY_NAMES}, 20.0, 512)
     assert {text.steps["best"] for text in found.texts} == {(1,), (2,), (1, 2)}

@@ -1,3 +1,5 @@
+"""Traffic of a simulation: generated, or read from logs."""
+
 from __future__ import annotations
 
 import json
@@ -14,7 +16,7 @@ KINDS = [steady(200.0, 60.0), diurnal(200.0, 60.0), bursts(200.0, 600.0, seed=2)
 
 
 @pytest.mark.parametrize("traffic", KINDS)
-def test_traffic_has_the_rate_that_was_asked_for(traffic: Traffic) -> None:
+def test_traffic_has_the_requested_rate(traffic: Traffic) -> None:
     assert traffic.mean_rate == pytest.approx(200.0, rel=0.1)
     times, sizes = traffic.draw(np.random.default_rng(0))
     assert len(times) / traffic.seconds == pytest.approx(traffic.mean_rate, rel=0.03)
@@ -23,13 +25,13 @@ def test_traffic_has_the_rate_that_was_asked_for(traffic: Traffic) -> None:
     assert set(sizes) == {1}
 
 
-def test_poisson_traffic_varies_as_it_should() -> None:
+def test_the_variance_of_poisson_traffic_equals_its_mean() -> None:
     times, _ = steady(1000.0, 100.0).draw(np.random.default_rng(1))
     counts = np.bincount(times.astype(int))
     assert counts.var() / counts.mean() == pytest.approx(1.0, abs=0.4)
 
 
-def test_bursts_come_and_go() -> None:
+def test_bursts_have_their_share_factor_and_length() -> None:
     traffic = bursts(100.0, 2000.0, factor=4.0, share=0.1)
     high = traffic.rates > traffic.mean_rate
     assert high.mean() == pytest.approx(0.1, abs=0.04)
@@ -38,13 +40,13 @@ def test_bursts_come_and_go() -> None:
     assert 1.0 < lengths.mean() < 9.0
 
 
-def test_a_day_has_its_night() -> None:
+def test_diurnal_traffic_swings_around_its_mean() -> None:
     day = diurnal(100.0, 24.0, swing=0.5)
     assert day.rates[0] == pytest.approx(50.0, rel=0.01)
     assert day.rates.max() == pytest.approx(150.0, rel=0.01)
 
 
-def test_large_requests_take_their_share_of_the_texts() -> None:
+def test_large_requests_have_their_share_of_the_texts() -> None:
     traffic = steady(1000.0, 200.0).of_texts(0.5, 100)
     assert traffic.mean_rate * traffic.mean_texts == pytest.approx(1000.0)
     _, sizes = traffic.draw(np.random.default_rng(0))
@@ -60,23 +62,23 @@ class TestFiles:
         path.write_text("\n".join(map(json.dumps, lines)) + "\n")
         return path
 
-    def test_a_log_says_when_requests_came(self, tmp_path: Path) -> None:
+    def test_arrivals_are_read_from_a_log(self, tmp_path: Path) -> None:
         ends = [("2026-01-01T10:00:01.500Z", 1000.0), ("2026-01-01T10:00:01.600Z", 500.0)]
         ends += [("2026-01-01T10:00:04.200Z", 100.0)]
         found = read_traffic(self.log(tmp_path / "log", ends))
         assert found.rates.tolist() == [2.0, 0.0, 0.0, 1.0]
 
-    def test_a_share_of_a_log_stands_for_all_of_it(self, tmp_path: Path) -> None:
+    def test_rates_of_a_sampled_log_are_scaled_up(self, tmp_path: Path) -> None:
         path = self.log(tmp_path / "log", [("2026-01-01T10:00:01Z", 1.0)])
         assert read_traffic(path, 0.01).rates.tolist() == [100.0]
 
-    def test_other_lines_are_left_out(self, tmp_path: Path) -> None:
+    def test_other_lines_are_ignored(self, tmp_path: Path) -> None:
         path = self.log(tmp_path / "log", [("2026-01-01T10:00:01Z", 1.0)])
         other = {"event": "model loaded", "route": "/classify"}
         path.write_text(f"{path.read_text()}{json.dumps(other)}\nno JSON at all\n")
         assert read_traffic(path).rates.tolist() == [1.0]
 
-    def test_recent_slots(self, tmp_path: Path) -> None:
+    def test_rates_are_read_from_recent_slots(self, tmp_path: Path) -> None:
         slots = [{"seconds": 5.0, "requests": 100, "texts": 250}]
         slots += [{"seconds": 5.0, "requests": 300, "texts": 750}]
         path = tmp_path / "recent.json"
@@ -96,12 +98,12 @@ class TestFiles:
             "[1]",
         ],
     )
-    def test_a_file_that_is_neither_is_named(self, tmp_path: Path, content: str) -> None:
+    def test_another_kind_of_file_is_refused(self, tmp_path: Path, content: str) -> None:
         path = tmp_path / "file"
         path.write_text(content)
         with pytest.raises(DataError, match=str(path)):
             read_traffic(path)
 
-    def test_a_file_that_is_not_there_is_named(self, tmp_path: Path) -> None:
+    def test_a_missing_file_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="No such file"):
             read_traffic(tmp_path / "nothing")

@@ -1,4 +1,4 @@
-"""Differences add up to what counting each text and request by itself gives."""
+"""The differences that frontends report add up to the counts of every text and request."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ VERSIONS = [("topics", 1), ("topics", 2), ("tags", 1)]
 
 
 class Request(NamedTuple):
-    """A request, and what became of it."""
+    """A request with its outcome."""
 
     served: tuple[str, int]
     texts: list[Spent]
@@ -76,12 +76,12 @@ requests = st.builds(
 
 
 def context(trace: int) -> RequestContext:
-    """Return the context of a request in a trace; 0: in none, odd: in one that is recorded."""
+    """Return the context of a request in a trace: none for 0, a recorded one if odd."""
     return RequestContext("r", f"00-{trace:032x}-{1:016x}-0{trace % 2}" if trace else "")
 
 
 def count(counts: Counts, request: Request) -> None:
-    """Count a request as the frontend does."""
+    """Count a request like the frontend does."""
     name, version = request.served
     with serving(context(request.trace)):
         count_texts(
@@ -108,8 +108,8 @@ def count(counts: Counts, request: Request) -> None:
     counts.connection_ended(BREAKS[request.trace])
 
 
-class OneByOne:
-    """The same metrics of prometheus_client alone, which counts every text and request itself."""
+class DirectCounts:
+    """The same metrics with prometheus_client alone, incremented for every text and request."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -186,8 +186,8 @@ class OneByOne:
         self.grow("broken_connections", BREAKS[request.trace])
 
 
-def known() -> Metrics:
-    """Return metrics that know what the requests name."""
+def new_metrics() -> Metrics:
+    """Return metrics with the routes, keys and models of the requests."""
     metrics = Metrics()
     metrics.register_routes(["/classify", "other"])
     metrics.register_keys(KEYS[1:])
@@ -205,27 +205,27 @@ def samples(registry: CollectorRegistry) -> dict[tuple[str, tuple[tuple[str, str
     }
 
 
-def sent(difference: Difference) -> Difference:
-    """Return a difference as the owner of the metrics receives it."""
+def received(difference: Difference) -> Difference:
+    """Return a difference after it was encoded and decoded."""
     return msgspec.msgpack.decode(msgspec.msgpack.encode(difference), type=Difference)
 
 
 @PROPERTY
 @given(st.lists(st.tuples(requests, st.integers(0, 1), st.booleans()), max_size=12))
-def test_differences_of_frontends_add_up_to_all_that_happened(
+def test_differences_of_frontends_add_up_to_the_direct_counts(
     happened: list[tuple[Request, int, bool]],
 ) -> None:
-    metrics, one_by_one = known(), OneByOne()
+    metrics, direct = new_metrics(), DirectCounts()
     frontends = [Counts(), Counts()]
     for request, frontend, report in happened:
         count(frontends[frontend], request)
-        one_by_one.count(request)
+        direct.count(request)
         if report:
-            metrics.add(sent(frontends[frontend].take()))
+            metrics.add(received(frontends[frontend].take()))
     for counts in frontends:
-        metrics.add(sent(counts.take()))
+        metrics.add(received(counts.take()))
         assert counts.take() == Difference({}, {})
-    shown, reference = samples(metrics.registry), samples(one_by_one.registry)
+    shown, reference = samples(metrics.registry), samples(direct.registry)
     for series, sample in reference.items():
         assert shown[series].value == pytest.approx(sample.value, rel=1e-12, abs=1e-12), series
     counted = {name.rsplit("_", 1)[0] for name, _ in reference}
@@ -235,18 +235,18 @@ def test_differences_of_frontends_add_up_to_all_that_happened(
 
 @PROPERTY
 @given(st.lists(st.tuples(requests, st.booleans()), max_size=12))
-def test_a_bucket_names_the_newest_trace_of_a_frontend(
+def test_exemplars_name_the_newest_trace(
     happened: list[tuple[Request, bool]],
 ) -> None:
-    metrics, one_by_one, counts = known(), OneByOne(), Counts()
+    metrics, direct, counts = new_metrics(), DirectCounts(), Counts()
     for request, report in happened:
         count(counts, request)
-        one_by_one.count(request)
+        direct.count(request)
         if report:
-            metrics.add(sent(counts.take()))
-    metrics.add(sent(counts.take()))
+            metrics.add(received(counts.take()))
+    metrics.add(received(counts.take()))
     shown = samples(metrics.registry)
-    for series, sample in samples(one_by_one.registry).items():
+    for series, sample in samples(direct.registry).items():
         named = shown[series].exemplar
         assert (named and named[:2]) == (sample.exemplar and sample.exemplar[:2]), series
 
@@ -256,19 +256,19 @@ def test_a_bucket_names_the_newest_trace_of_a_frontend(
 def test_columns_may_be_arrays(request: Request) -> None:
     lists = columns(request.texts)
     arrays = {name: np.array(column, np.int64) for name, column in lists.items()}
-    found = []
-    for given_as in (lists, arrays):
+    differences = []
+    for columns_of in (lists, arrays):
         counts = Counts()
         counts.classified(
             *request.served,
-            **given_as,
+            **columns_of,
             heads_of_one=8,
             expected=request.expected,
             stages=request.stages,
             truncated=request.truncated,
         )
-        found.append(sent(counts.take()))
-    assert found[0] == found[1]
+        differences.append(received(counts.take()))
+    assert differences[0] == differences[1]
 
 
 def test_sums_of_arrays_do_not_overflow() -> None:
@@ -282,8 +282,8 @@ def test_sums_of_arrays_do_not_overflow() -> None:
     assert counts.take().counters["macs", "topics", "1"] == 4 * (2**31 - 1)
 
 
-def test_what_waits_grows_with_the_series_and_not_with_the_requests() -> None:
-    def waiting(rounds: int) -> int:
+def test_differences_do_not_grow_with_the_number_of_requests() -> None:
+    def difference_bytes(rounds: int) -> int:
         counts = Counts()
         for number in range(rounds):
             with serving(context(2 * number + 1)):
@@ -294,4 +294,5 @@ def test_what_waits_grows_with_the_series_and_not_with_the_requests() -> None:
         assert len(difference.counters) + len(difference.histograms) < 30
         return len(msgspec.msgpack.encode(difference))
 
-    assert waiting(20_000) < waiting(200) + 200, "numbers may have more digits, no more"
+    # Only the numbers may have more digits.
+    assert difference_bytes(20_000) < difference_bytes(200) + 200

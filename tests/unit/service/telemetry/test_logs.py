@@ -1,4 +1,7 @@
-"""How log lines look: asked of a process of its own, as loggers are configured for good."""
+"""The format of log lines.
+
+Each test logs in a new process, because the configuration of loggers cannot be undone.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,7 @@ threading.Thread(target=log.warning, args=("beside",)).start()
 """
 
 
-UNREAD = """
+UNREAD_LOG = """
 import sys, time, structlog
 from service.telemetry import logs
 logs.configure_logs("info", "json")
@@ -62,7 +65,7 @@ log.info("read again")
 """
 
 
-def written(*arguments: str, program: str = PROGRAM) -> list[str]:
+def lines_of(*arguments: str, program: str = PROGRAM) -> list[str]:
     done = subprocess.run(
         [sys.executable, "-c", program, *arguments],
         capture_output=True,
@@ -74,13 +77,13 @@ def written(*arguments: str, program: str = PROGRAM) -> list[str]:
     return done.stderr.splitlines()
 
 
-def parsed(*arguments: str, program: str = PROGRAM) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in written(*arguments, program=program)]
+def json_lines_of(*arguments: str, program: str = PROGRAM) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in lines_of(*arguments, program=program)]
 
 
 @pytest.fixture(scope="module")
 def at_info() -> list[dict[str, Any]]:
-    return parsed("info", "json")
+    return json_lines_of("info", "json")
 
 
 def test_every_line_is_json_with_event_level_and_time(at_info: list[dict[str, Any]]) -> None:
@@ -93,21 +96,21 @@ def test_every_line_is_json_with_event_level_and_time(at_info: list[dict[str, An
     assert at_info[0]["number"] == 2
 
 
-def test_a_failure_carries_its_trace_in_the_same_line(at_info: list[dict[str, Any]]) -> None:
+def test_a_failure_has_its_stack_trace_in_the_same_line(at_info: list[dict[str, Any]]) -> None:
     assert "ZeroDivisionError" in at_info[-1]["exception"]
 
 
-def test_away_from_a_terminal_auto_means_json() -> None:
-    assert [line["level"] for line in parsed("error", "auto")] == ["error"]
+def test_auto_is_json_without_a_terminal() -> None:
+    assert [line["level"] for line in json_lines_of("error", "auto")] == ["error"]
 
 
 @pytest.mark.parametrize(("level", "events"), [("debug", 4), ("warning", 2), ("error", 1)])
 def test_lines_below_the_level_are_not_written(level: str, events: int) -> None:
-    assert len(parsed(level, "json")) == events
+    assert len(json_lines_of(level, "json")) == events
 
 
-def test_the_level_changes_for_loggers_that_were_used_before() -> None:
-    again = """
+def test_a_changed_level_applies_to_existing_loggers() -> None:
+    changes = """
 from service.telemetry.logs import set_log_level
 def write():
     log.debug("detail")
@@ -118,44 +121,46 @@ for level in ("warning", "debug", "error"):
     set_log_level(level)
     write()
 """
-    lines = parsed("info", "json", program=PROGRAM + again)[3:]
+    lines = json_lines_of("info", "json", program=PROGRAM + changes)[3:]
     assert [line["event"] for line in lines] == [
         "warning", "detail", "info", "other info", "warning",
     ]  # fmt: skip
 
 
-def test_console_is_for_reading() -> None:
-    lines = written("info", "console")
+def test_console_lines_are_not_json() -> None:
+    lines = lines_of("info", "console")
     assert any("an event" in line for line in lines)
     assert not lines[0].startswith("{")
 
 
 @pytest.fixture(scope="module")
 def in_a_request() -> dict[str, dict[str, Any]]:
-    lines = parsed("warning", "json", "frontend", program=PROGRAM + IN_A_REQUEST)
+    lines = json_lines_of("warning", "json", "frontend", program=PROGRAM + IN_A_REQUEST)
     return {line["event"]: line for line in lines}
 
 
 @pytest.mark.parametrize("event", ["served", "served elsewhere", "failed", "failed elsewhere"])
-def test_a_line_of_a_request_carries_its_id_and_trace(
+def test_lines_of_a_request_have_its_id_and_trace(
     in_a_request: dict[str, dict[str, Any]], event: str
 ) -> None:
     assert in_a_request[event]["request_id"] == "r-1"
     assert in_a_request[event]["trace_id"] == "0af7651916cd43dd8448eb211c80319c"
 
 
-def test_other_lines_carry_none(in_a_request: dict[str, dict[str, Any]]) -> None:
+def test_lines_outside_of_a_request_have_no_request_id(
+    in_a_request: dict[str, dict[str, Any]],
+) -> None:
     assert "request_id" not in in_a_request["beside"]
 
 
-def test_every_line_names_its_process_whatever_thread_wrote_it(
+def test_lines_of_every_thread_name_the_process(
     in_a_request: dict[str, dict[str, Any]],
 ) -> None:
     assert {line["process"] for line in in_a_request.values()} == {"frontend"}
 
 
 @pytest.mark.parametrize("event", ["failed", "failed again", "failed elsewhere"])
-def test_what_failed_in_a_request_is_named_without_its_message(
+def test_errors_of_a_request_are_logged_without_their_messages(
     in_a_request: dict[str, dict[str, Any]], event: str
 ) -> None:
     stack = in_a_request[event]["exception"]
@@ -165,12 +170,14 @@ def test_what_failed_in_a_request_is_named_without_its_message(
     assert "xyzzy" not in json.dumps(in_a_request[event])
 
 
-def test_outside_of_a_request_the_message_stays(in_a_request: dict[str, dict[str, Any]]) -> None:
+def test_errors_outside_of_a_request_are_logged_with_their_messages(
+    in_a_request: dict[str, dict[str, Any]],
+) -> None:
     assert "division by zero" in in_a_request["a failure"]["exception"]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_loses_lines_and_nothing_else() -> None:
+def test_a_full_disk_loses_lines_without_ending_the_process() -> None:
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
             [sys.executable, "-c", f"{PROGRAM}\nprint('alive')", "debug", "json"],
@@ -179,9 +186,9 @@ def test_a_full_disk_loses_lines_and_nothing_else() -> None:
     assert done.stdout == "alive\n"
 
 
-def test_a_reader_that_stops_reading_stops_nobody() -> None:
+def test_an_unread_log_drops_lines_without_blocking_the_process() -> None:
     with subprocess.Popen(
-        [sys.executable, "-c", UNREAD],
+        [sys.executable, "-c", UNREAD_LOG],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -210,4 +217,4 @@ def test_a_reader_that_stops_reading_stops_nobody() -> None:
 
 def test_the_last_lines_of_a_process_are_written() -> None:
     program = PROGRAM + 'for number in range(500):\n    log.info("the end", number=number)\n'
-    assert parsed("info", "json", program=program)[-1]["number"] == 499
+    assert json_lines_of("info", "json", program=program)[-1]["number"] == 499

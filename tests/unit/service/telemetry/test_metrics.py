@@ -1,3 +1,5 @@
+"""The Prometheus metrics: names, labels, values, and series of removed models and keys."""
+
 from __future__ import annotations
 
 import os
@@ -62,7 +64,7 @@ CONTRACT = {
     "device_memory_bytes": ("gauge", {"engine"}),
     "engine_heartbeat_age_seconds": ("gauge", {"engine"}),
 }
-"""What reads 0 from the start, once routes and models are known."""
+"""Metrics that have series of value 0 once routes and models are registered."""
 
 
 def scrape(metrics: Metrics) -> Exposition:
@@ -79,7 +81,7 @@ def metrics() -> Metrics:
 
 
 @pytest.mark.parametrize("name", CONTRACT)
-def test_every_series_reads_0_from_the_start(metrics: Metrics, name: str) -> None:
+def test_every_series_is_0_at_first(metrics: Metrics, name: str) -> None:
     kind, labels = CONTRACT[name]
     shown = scrape(metrics)
     assert shown.kinds[name] == kind
@@ -115,7 +117,7 @@ def test_every_series_reads_0_from_the_start(metrics: Metrics, name: str) -> Non
         ("batches_total", "budget", {"0", "1", "2"}),
     ],
 )
-def test_every_value_of_a_label_is_there_from_the_start(
+def test_every_value_of_a_label_has_a_series_at_first(
     metrics: Metrics, name: str, label: str, values: set[str]
 ) -> None:
     assert {sample.labels[label] for sample in scrape(metrics).select(name)} == values
@@ -125,17 +127,17 @@ def test_every_value_of_a_label_is_there_from_the_start(
     "name",
     ["request_duration_seconds", "stage_duration_seconds", "model_request_duration_seconds"],
 )
-def test_durations_use_the_ladder_from_half_a_millisecond(metrics: Metrics, name: str) -> None:
+def test_durations_have_buckets_from_half_a_millisecond(metrics: Metrics, name: str) -> None:
     assert scrape(metrics).buckets(name) == DURATIONS
 
 
-def test_heads_are_counted_in_whole_numbers(metrics: Metrics) -> None:
+def test_buckets_of_heads_are_integers(metrics: Metrics) -> None:
     bounds = scrape(metrics).buckets("request_heads")
     assert bounds[0] == 0
     assert all(bound == int(bound) for bound in bounds)
 
 
-def test_every_metric_has_the_prefix_and_a_help_text(metrics: Metrics) -> None:
+def test_every_metric_has_the_prefix_and_a_help(metrics: Metrics) -> None:
     text = generate_latest(metrics.registry).decode()
     helps = [line.split(" ", 3) for line in text.splitlines() if line.startswith("# HELP")]
     assert len(helps) > 25
@@ -152,7 +154,7 @@ def test_every_metric_has_the_prefix_and_a_help_text(metrics: Metrics) -> None:
         ("quality_level", {"model"}),
     ],
 )
-def test_what_is_known_later_has_its_labels(metrics: Metrics, name: str, labels: set[str]) -> None:
+def test_info_metrics_have_their_labels(metrics: Metrics, name: str, labels: set[str]) -> None:
     gauge = getattr(metrics, name)
     gauge.labels(*sorted(labels)).set(1)
     (sample,) = scrape(metrics).select(name)
@@ -162,11 +164,11 @@ def test_what_is_known_later_has_its_labels(metrics: Metrics, name: str, labels:
 @pytest.fixture
 def counted(metrics: Metrics) -> Metrics:
     """Count one request of three texts, two answered at step 0 and one at step 2, traced."""
-    place = f"00-{TRACE}-b7ad6b7169203331-01"
+    traceparent = f"00-{TRACE}-b7ad6b7169203331-01"
     texts = [Spent(0, 0, 12, 10, 600), Spent(2, 5, 41, 300, 900), Spent(0, 0, 9, 8, 400)]
     stages = {"tokenize": 0.001, "compute": 0.004}
     counts = Counts()
-    with serving(RequestContext("r", place)):
+    with serving(RequestContext("r", traceparent)):
         count_texts(counts, *texts, expected={0: 0.5, 1: 0.5}, stages=stages, truncated=1)
         counts.request_ended("/classify", "ok", 0.006, served=("topics", 1))
         counts.items_failed("topics", 1, 2)
@@ -197,11 +199,13 @@ def counted(metrics: Metrics) -> Metrics:
         ("model_items_failed_total", 2),
     ],
 )
-def test_a_request_is_counted_once_everywhere(counted: Metrics, name: str, value: float) -> None:
+def test_a_request_is_counted_once_in_each_metric(
+    counted: Metrics, name: str, value: float
+) -> None:
     assert scrape(counted).total(name) == pytest.approx(value)
 
 
-def test_texts_are_counted_by_the_step_that_answered_and_by_the_one_expected(
+def test_texts_are_counted_by_answering_and_expected_step(
     counted: Metrics,
 ) -> None:
     shown = scrape(counted)
@@ -209,7 +213,7 @@ def test_texts_are_counted_by_the_step_that_answered_and_by_the_one_expected(
     assert shown.by("budget", "items_expected_total") == {"0": 1.5, "1": 1.5}
 
 
-def test_where_nothing_was_calibrated_what_happens_is_expected(metrics: Metrics) -> None:
+def test_without_calibration_the_expected_steps_are_the_actual_ones(metrics: Metrics) -> None:
     counts = Counts()
     count_texts(counts, Spent(1, 4, 5, 6, 7))
     metrics.add(counts.take())
@@ -217,7 +221,7 @@ def test_where_nothing_was_calibrated_what_happens_is_expected(metrics: Metrics)
     assert shown.by("budget", "items_expected_total") == shown.by("budget", "items_total")
 
 
-def test_texts_whose_answers_were_kept_cost_nothing(metrics: Metrics) -> None:
+def test_cached_answers_count_no_cost(metrics: Metrics) -> None:
     counts = Counts()
     counts.looked_up("topics", 1, hits=2, misses=1)
     counts.classified(
@@ -251,7 +255,7 @@ def test_exemplars_name_the_trace(counted: Metrics) -> None:
     }
 
 
-def test_promtool_finds_nothing_to_complain_about(counted: Metrics) -> None:
+def test_promtool_accepts_the_metrics(counted: Metrics) -> None:
     done = subprocess.run(
         [program("promtool"), "check", "metrics"],
         input=generate_latest(counted.registry),
@@ -261,9 +265,9 @@ def test_promtool_finds_nothing_to_complain_about(counted: Metrics) -> None:
     assert (done.returncode, done.stdout + done.stderr) == (0, b"")
 
 
-def test_two_servers_in_one_process_count_apart() -> None:
-    one, other = Metrics(), Metrics()
-    one.cancelled.inc()
+def test_two_registries_in_one_process_are_independent() -> None:
+    first, other = Metrics(), Metrics()
+    first.cancelled.inc()
     assert scrape(other).total("cancelled_total") == 0
 
 
@@ -275,7 +279,7 @@ def test_two_servers_in_one_process_count_apart() -> None:
         ("rejected", "queue_full", "rejected_total"),
     ],
 )
-def test_how_a_request_ended_is_counted(
+def test_requests_are_counted_by_outcome(
     metrics: Metrics, outcome: str, refusal: str, counter: str
 ) -> None:
     counts = Counts()
@@ -286,12 +290,12 @@ def test_how_a_request_ended_is_counted(
     assert shown.total("requests_total", outcome=outcome) == 1
 
 
-def test_what_every_process_takes_is_shown_by_its_name() -> None:
-    mine = os.getpid()
-    shown = scrape(Metrics(lambda: {"supervisor": mine, "frontend-0": mine, "engine-0": 2**22 + 1}))
+def test_each_process_reports_its_resources_under_its_name() -> None:
+    pid, ended = os.getpid(), 2**22 + 1
+    shown = scrape(Metrics(lambda: {"supervisor": pid, "frontend-0": pid, "engine-0": ended}))
     for name in ("cpu_seconds_total", "resident_memory_bytes", "start_time_seconds", "open_fds"):
         values = shown.by("process", f"process_{name}")
-        assert set(values) == {"supervisor", "frontend-0"}, "one that is gone is left out"
+        assert set(values) == {"supervisor", "frontend-0"}
         assert all(value > 0 for value in values.values())
 
 
@@ -300,7 +304,7 @@ def series_of_models(metrics: Metrics) -> list[str]:
     return [line for line in lines if "model=" in line]
 
 
-def test_roll_outs_do_not_make_the_exposition_grow(metrics: Metrics) -> None:
+def test_series_of_retired_versions_are_removed(metrics: Metrics) -> None:
     counts = Counts()
     before = series_of_models(metrics)
     for number in range(2, 1002):
@@ -319,11 +323,11 @@ def test_roll_outs_do_not_make_the_exposition_grow(metrics: Metrics) -> None:
             ):  # fmt: skip
                 assert scrape(metrics).total(name, version=number) == 1
         metrics.forget_model("topics", version)
-        metrics.add(difference)  # a late one does not bring the series back
+        metrics.add(difference)  # a late report does not bring the series back
     assert series_of_models(metrics) == before
 
 
-def test_a_version_that_is_served_again_counts_from_0(metrics: Metrics) -> None:
+def test_a_version_served_again_counts_from_0(metrics: Metrics) -> None:
     counts = Counts()
     counts.request_ended("/classify", "ok", 0.1, served=("topics", 1))
     metrics.add(counts.take())
@@ -334,7 +338,7 @@ def test_a_version_that_is_served_again_counts_from_0(metrics: Metrics) -> None:
     assert shown.total("model_request_duration_seconds_count", model="topics", version=1) == 0
 
 
-def test_a_model_that_is_gone_leaves_no_series(metrics: Metrics) -> None:
+def test_a_removed_model_leaves_no_series(metrics: Metrics) -> None:
     before = series_of_models(metrics)
     metrics.register_model("tags", "1", [0, 1])
     batch = metrics.batch("tags", 1)
@@ -346,19 +350,19 @@ def test_a_model_that_is_gone_leaves_no_series(metrics: Metrics) -> None:
     assert series_of_models(metrics) == before
 
 
-def test_a_series_that_cannot_be_added_takes_no_other_with_it(metrics: Metrics) -> None:
-    good, bad = ("requests", "/classify", "ok"), ("items", "topics", "1", "0")
-    nothing_known = {("nonsense", "label"): 1.0, (): 1.0, ("request_heads", "topics", "1"): 1.0}
+def test_an_invalid_series_does_not_affect_others(metrics: Metrics) -> None:
+    valid, negative = ("requests", "/classify", "ok"), ("items", "topics", "1", "0")
+    unknown = {("nonsense", "label"): 1.0, (): 1.0, ("request_heads", "topics", "1"): 1.0}
     with capture_logs() as lines:
         for _ in range(3):
-            metrics.add(Difference({bad: -1, ("truncated", "a", "b"): 1, good: 1}, {}))
-            metrics.add(Difference({**nothing_known, good: 1}, {("requests",): Observations()}))
+            metrics.add(Difference({negative: -1, ("truncated", "a", "b"): 1, valid: 1}, {}))
+            metrics.add(Difference({**unknown, valid: 1}, {("requests",): Observations()}))
     assert scrape(metrics).total("requests_total", outcome="ok") == 6
     failed = ["items", "truncated", "nonsense", "", "request_heads", "requests"]
     assert [line["metric"] for line in lines] == failed
 
 
-def test_a_key_that_is_gone_has_no_series(metrics: Metrics) -> None:
+def test_a_removed_key_has_no_series(metrics: Metrics) -> None:
     counts = Counts()
     counts.texts_asked("one", 2)
     counts.request_ended("/classify", "ok", 0.1, caller="one")

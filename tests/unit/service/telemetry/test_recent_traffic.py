@@ -1,4 +1,4 @@
-"""What is told of the last minutes."""
+"""The summary of the traffic of the last minutes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def answer(metrics: Metrics, seconds: float, *items: Spent, version: str = "1") 
     metrics.add(counts.take())
 
 
-def test_before_an_interval_has_passed_there_is_nothing_to_tell(metrics: Metrics) -> None:
+def test_there_are_no_slots_before_the_first_interval_has_passed(metrics: Metrics) -> None:
     recent = RecentTraffic(metrics)
     nothing = {"model": "topics", "slots": [], "window": None}
     assert recent.report("topics") == nothing
@@ -37,7 +37,7 @@ def test_before_an_interval_has_passed_there_is_nothing_to_tell(metrics: Metrics
     assert recent.report("topics") == nothing
 
 
-def test_an_interval_tells_of_what_happened_in_it_over_all_versions(metrics: Metrics) -> None:
+def test_a_slot_counts_the_requests_of_its_interval_over_all_versions(metrics: Metrics) -> None:
     recent = RecentTraffic(metrics)
     answer(metrics, 0.004, HARD)
     recent.sample(100.0)
@@ -54,7 +54,7 @@ def test_an_interval_tells_of_what_happened_in_it_over_all_versions(metrics: Met
     assert slot["macs_share"] == 80 / 400
 
 
-def test_a_version_that_is_served_again_began_at_0(metrics: Metrics) -> None:
+def test_a_version_served_again_counts_from_0(metrics: Metrics) -> None:
     recent = RecentTraffic(metrics)
     answer(metrics, 0.004, HARD, HARD, HARD)
     recent.sample(100.0)
@@ -68,7 +68,7 @@ def test_a_version_that_is_served_again_began_at_0(metrics: Metrics) -> None:
     assert window["macs_share"] == 80 / 200
 
 
-def test_times_are_quantiles_within_their_bucket(metrics: Metrics) -> None:
+def test_quantiles_are_interpolated_within_their_bucket(metrics: Metrics) -> None:
     recent = RecentTraffic(metrics)
     recent.sample(0.0)
     for _ in range(98):
@@ -84,7 +84,7 @@ def test_times_are_quantiles_within_their_bucket(metrics: Metrics) -> None:
     assert recent.report("topics")["slots"][1]["p99_ms"] == 10_000
 
 
-def test_an_idle_interval_has_no_times_and_no_shares(metrics: Metrics) -> None:
+def test_an_idle_slot_has_no_quantiles_and_no_shares(metrics: Metrics) -> None:
     recent = RecentTraffic(metrics)
     for now in (0.0, 5.0):
         recent.sample(now)
@@ -93,7 +93,7 @@ def test_an_idle_interval_has_no_times_and_no_shares(metrics: Metrics) -> None:
     assert [slot[name] for name in ("p50_ms", "p99_ms", "heads_share", "macs_share")] == [None] * 4
 
 
-def test_only_the_last_minutes_are_remembered_and_summed(metrics: Metrics) -> None:
+def test_only_the_last_minutes_are_kept(metrics: Metrics) -> None:
     recent = RecentTraffic(metrics)
     for now in range(SLOTS + 30):
         answer(metrics, 0.004, EASY)
@@ -104,7 +104,7 @@ def test_only_the_last_minutes_are_remembered_and_summed(metrics: Metrics) -> No
     assert told["window"]["seconds"] == SLOTS
 
 
-def test_a_model_that_came_later_counts_from_nothing(metrics: Metrics) -> None:
+def test_a_model_loaded_later_counts_from_0(metrics: Metrics) -> None:
     recent = RecentTraffic(metrics)
     recent.sample(0.0)
     metrics.register_model("tags", "1", [4])
@@ -116,7 +116,7 @@ def test_a_model_that_came_later_counts_from_nothing(metrics: Metrics) -> None:
     assert recent.report("topics")["window"]["budgets"] == {}
 
 
-def test_requests_to_other_routes_are_left_out(metrics: Metrics) -> None:
+def test_requests_to_other_routes_are_not_counted(metrics: Metrics) -> None:
     recent = RecentTraffic(metrics)
     recent.sample(0.0)
     counts = Counts()
@@ -126,7 +126,7 @@ def test_requests_to_other_routes_are_left_out(metrics: Metrics) -> None:
     assert recent.report("topics")["window"]["requests"] == 0
 
 
-def test_a_version_whose_series_were_removed_takes_nothing_away(metrics: Metrics) -> None:
+def test_a_removed_version_is_not_subtracted(metrics: Metrics) -> None:
     recent = RecentTraffic(metrics)
     answer(metrics, 0.004, HARD, HARD)
     recent.sample(0.0)

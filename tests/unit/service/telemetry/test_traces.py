@@ -1,4 +1,4 @@
-"""When traces are made, and what it costs when they are not."""
+"""When traces are exported, and the trace context of requests."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ENDPOINT = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318"}
         (ENDPOINT | {"OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"}, "otlp"),
     ],
 )
-def test_the_usual_variables_say_where_traces_go(
+def test_the_standard_variables_select_the_exporter(
     environment: dict[str, str], exporter: str | None
 ) -> None:
     assert exporter_asked_for(environment) == exporter
@@ -43,13 +43,15 @@ def test_the_usual_variables_say_where_traces_go(
         (ENDPOINT | {"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}, "grpc"),
     ],
 )
-def test_what_cannot_be_had_is_named(environment: dict[str, str], named: str) -> None:
+def test_unsupported_exporters_and_protocols_are_refused(
+    environment: dict[str, str], named: str
+) -> None:
     with pytest.raises(TracingError, match=named):
         exporter_asked_for(environment)
 
 
 @pytest.mark.parametrize("package", ["no_such_package", "no_such_package.inside"])
-def test_a_missing_package_is_named_with_what_installs_it(
+def test_a_missing_package_is_an_error_that_names_the_extra(
     monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
     monkeypatch.setenv("OTEL_TRACES_EXPORTER", "otlp")
@@ -62,7 +64,7 @@ def test_a_missing_package_is_named_with_what_installs_it(
     ("module", "unwanted"),
     [("service.frontend", "opentelemetry.sdk"), ("service.engine.__main__", "opentelemetry")],
 )
-def test_without_tracing_nothing_of_it_is_imported(module: str, unwanted: str) -> None:
+def test_opentelemetry_is_not_imported_without_tracing(module: str, unwanted: str) -> None:
     program = (
         f"import sys, {module}\n"
         "from service.telemetry.traces import open_tracing\n"
