@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -55,11 +56,14 @@ class Server:
 
     def engines(self) -> dict[int, int]:
         """Return the process ids of the live engines, by index."""
+        return {engine["index"]: engine["pid"] for engine in self._live_engines()}
+
+    def _live_engines(self) -> list[dict[str, Any]]:
         try:
             body = httpx.get(f"{self.url}/health", timeout=30).json()
         except httpx.TransportError:
-            return {}
-        return {engine["index"]: engine["pid"] for engine in body["engines"] if engine["alive"]}
+            return []
+        return [engine for engine in body["engines"] if engine["alive"]]
 
     def in_flight(self) -> int:
         """Count the items that the frontend waits for."""
@@ -78,11 +82,13 @@ class Server:
         return Exposition(httpx.get(f"{self.url}/metrics", timeout=30).text)
 
     def wait_ready(self, engines: int) -> None:
-        """Wait until the server is ready and has this number of engines."""
+        """Wait until the server is ready and this number of engines have loaded the same models."""
 
         def all_ready() -> bool:
             assert self.process.poll() is None, self.log.read_text()
-            return self.ready() and len(self.engines()) == engines
+            loaded = [engine["models"] for engine in self._live_engines()]
+            equal = all(models and models == loaded[0] for models in loaded)
+            return self.ready() and len(loaded) == engines and equal
 
         wait_until(all_ready, "readiness of the server", START_PATIENCE)
 
