@@ -38,7 +38,10 @@ def rows_of(address: str, key: str, model: str) -> Iterator[tuple[str, str]]:
     def asynchronous() -> str:
         answers: Queue[Any] = Queue()
         client.async_infer(model, [texts], lambda result, error: answers.put(result or error))
-        return "; ".join(map(_shown, answers.get(timeout=60).as_numpy("label").ravel()))
+        answer = answers.get(timeout=60)
+        if isinstance(answer, InferenceServerException):
+            raise answer
+        return "; ".join(map(_shown, answer.as_numpy("label").ravel()))
 
     def health() -> str:
         with grpc.insecure_channel(address) as channel:

@@ -49,7 +49,7 @@ class Classifier:
 
 
 logging.getLogger("ray.serve").setLevel(logging.ERROR)
-ray.init(include_dashboard=False, num_cpus=4, log_to_driver=False, logging_level="error")
+ray.init("local", include_dashboard=False, num_cpus=4, log_to_driver=False, logging_level="error")
 serve.start(http_options={"host": "127.0.0.1", "port": given.port})
 folder = str(given.network.absolute())
 application = Classifier.bind(folder, given.threads)  # type: ignore[attr-defined]

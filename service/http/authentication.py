@@ -69,7 +69,9 @@ def _caller(request: Request, given: str | None, scope: Scope) -> Caller:
     if caller is not None and keys.opens(caller, scope):
         return caller
     if not given:
-        message = f"this takes a key with the scope {scope!r}, as a Bearer token or in X-API-Key"
+        message = (
+            f"a key with the scope {scope!r} is required; send it as a Bearer token or in X-API-Key"
+        )
         raise ApiError(401, message, code="no_key")
     if caller is None or caller.key is None:
         raise ApiError(401, "the key is wrong", code="wrong_key")
