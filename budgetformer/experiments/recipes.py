@@ -26,15 +26,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from budgetformer.adoption.budgets import full_logits
 from budgetformer.checkpoint.loading import load_network
 from budgetformer.checkpoint.store import read_checkpoint
 from budgetformer.errors import BudgetFormerError, DataError
 from budgetformer.experiments import terminal
 from budgetformer.experiments.report import paired_gain
 from budgetformer.experiments.sizes import Frontier
+from budgetformer.inference.policy import BudgetRule
+from budgetformer.training.calibration import answer_all
 from budgetformer.training.data import Examples, TokenizedTexts, read_examples
 from budgetformer.training.pages import markdown_table
 from budgetformer.training.pipeline import find_data, train_checkpoint
@@ -107,10 +109,19 @@ def read_study(path: Path) -> list[Variant]:
 
 
 def teacher_logits(teacher: Path) -> Callable[[Examples], Tensor]:
-    """Return a function from N texts to a checkpoint's logits with all heads [N, C]."""
+    """Return a function from N texts to a checkpoint's logits with all heads [N, C].
+
+    They are fused with those of step 0, which the encoder may have been trained to correct.
+    """
     checkpoint = read_checkpoint(teacher)
     network = load_network(checkpoint)
-    return lambda examples: full_logits(network, TokenizedTexts.of(checkpoint, examples))
+    rule = BudgetRule(num_steps=network.num_steps, fixed=network.num_steps)
+
+    def answer(examples: Examples) -> Tensor:
+        tokens = TokenizedTexts.of(checkpoint, examples)
+        return torch.from_numpy(answer_all(network, tokens, rule).logits)
+
+    return answer
 
 
 def compare(

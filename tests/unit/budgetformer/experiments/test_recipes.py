@@ -6,10 +6,23 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from budgetformer.checkpoint.loading import load_network
+from budgetformer.checkpoint.store import read_checkpoint
 from budgetformer.errors import DataError
-from budgetformer.experiments.recipes import BASE, COSTS, main, read_study
-from tests.support.stores import single_label_rows, write_jsonl
+from budgetformer.experiments.recipes import BASE, COSTS, main, read_study, teacher_logits
+from budgetformer.training.calibration import AnswerTable, run_every_step
+from budgetformer.training.data import TokenizedTexts
+from tests.support.stores import (
+    CHAINED,
+    labelled_examples,
+    model_store,
+    single_label_rows,
+    write_jsonl,
+)
+
+__all__ = ["model_store"]
 
 STUDY = """
 hidden_size = 16
@@ -41,6 +54,17 @@ def test_variants_change_keys_of_the_recipe(study: Path) -> None:
     assert (random_steps.recipe.sandwich, random_steps.recipe.hidden_size) == (False, 16)
     assert taught.recipe == base.recipe
     assert taught.teacher is not None
+
+
+def test_a_teacher_gives_the_answers_of_its_full_budget(model_store: Path) -> None:
+    """The encoder alone would not do: it may have been trained to correct step 0."""
+    checkpoint = read_checkpoint(model_store / CHAINED / "1")
+    examples = labelled_examples(list(checkpoint.manifest.labels))
+    tokens = TokenizedTexts.of(checkpoint, examples)
+    network = load_network(checkpoint)
+    fused = AnswerTable(network.config, run_every_step(network, tokens)).logits[-1]
+    given = teacher_logits(checkpoint.path)(examples)
+    assert torch.allclose(given, fused, atol=1e-5)
 
 
 @pytest.mark.parametrize(
