@@ -457,7 +457,7 @@ class TestLimitsAndTelemetry:
         keys = {"web": key("web-secret"), "few": key("few-secret", texts_per_second=1, burst=4)}
         async with alone(model_store, keys=keys, admin_key=None) as (_, caller):
             triton, given = caller.triton, [texts_input(TEXTS)]
-            await refused(triton.infer(TOPICS, given), "UNAUTHENTICATED", "takes a key")
+            await refused(triton.infer(TOPICS, given), "UNAUTHENTICATED", "a key with the scope")
             await refused(caller.send("ModelInfer", b"\xff"), "UNAUTHENTICATED")
             wrong = triton.infer(TOPICS, given, headers={"authorization": "Bearer wrong"})
             await refused(wrong, "UNAUTHENTICATED", "the key is wrong")
