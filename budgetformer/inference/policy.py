@@ -315,11 +315,11 @@ class BudgetRule(_Data):
         if not self.uses_f_o:
             return self._first_steps(self._band(0.0), len(s), confidence)
         starts = self._bands(s)
-        found = set(starts.tolist())
-        if len(found) == 1:
-            return self._first_steps(found.pop(), len(s), confidence)
+        distinct = set(starts.tolist())
+        if len(distinct) == 1:
+            return self._first_steps(distinct.pop(), len(s), confidence)
         steps, asked = np.zeros(len(s), np.int32), np.zeros(len(s), bool)
-        for start in found:
+        for start in distinct:
             here = starts == start
             own = None if confidence is None else confidence[here]
             steps[here], asked[here] = self._first_steps(start, int(here.sum()), own)

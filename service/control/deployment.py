@@ -113,10 +113,12 @@ class Deployment:
             message = f"{name}: the store has not answered an earlier attempt yet"
             raise LoadTimeoutError(message) from None
 
-    async def load(self, checkpoint: Checkpoint, *, again: bool = True) -> None:
+    async def load(self, checkpoint: Checkpoint, *, reload: bool = True) -> None:
         """Have every engine load a version beside those that it has.
 
-        Without `again`, only engines that lack the version load it.
+        Args:
+            checkpoint: checkpoint of the version.
+            reload: whether engines that have the version load it again.
 
         Raises:
             LoadFailedError, NoEngineError: see `Fleet.load`.
@@ -125,7 +127,7 @@ class Deployment:
         self._broadcast_catalog()
         try:
             key = checkpoint.name, checkpoint.version
-            await self._fleet.load(key, checkpoint.path, again=again)
+            await self._fleet.load(key, checkpoint.path, reload=reload)
         finally:
             self.loading = []
             self._broadcast_catalog()

@@ -111,12 +111,16 @@ class Fleet(Engines):
         except (DisconnectedError, TimeoutError):
             return False
 
-    async def load(self, key: ModelKey, path: Path, *, again: bool = True) -> None:
+    async def load(self, key: ModelKey, path: Path, *, reload: bool = True) -> None:
         """Have every engine load a checkpoint folder, beside the models that it has.
 
-        Without `again`, only engines that lack the version load it. One engine loads it before all
-        others: if that kills the engine, for example because memory runs out, the others continue
-        to serve.
+        One engine loads it before all others: if that kills the engine, for example because memory
+        runs out, the others continue to serve.
+
+        Args:
+            key: model version.
+            path: checkpoint folder.
+            reload: whether engines that have the version load it again.
 
         Raises:
             LoadFailedError: an engine could not load it; a version that was not loaded before is
@@ -127,7 +131,7 @@ class Fleet(Engines):
         clients = self.alive
         if not clients:
             raise NoEngineError
-        if not again:
+        if not reload:
             clients = [client for client in clients if key not in client.models]
         for group in (clients[:1], clients[1:]):
             results = await asyncio.gather(

@@ -193,7 +193,7 @@ class Versions:
             rollout = self._running(name)
             candidate = self._catalog.candidates[name]
             # Soon after a restart, engines may still lack it.
-            await self._deployment.load(candidate, again=False)
+            await self._deployment.load(candidate, reload=False)
             decision = self._state.models[name]
             ended = self._ended(rollout, "promoted", "")
             self._decide(name, ModelState(candidate.version, decision.highest, ended))

@@ -57,7 +57,7 @@ def test_variants_change_keys_of_the_recipe(study: Path) -> None:
 
 
 def test_a_teacher_gives_the_answers_of_its_full_budget(model_store: Path) -> None:
-    """The encoder alone would not do: it may have been trained to correct step 0."""
+    """The encoder's own logits may be mere corrections of step 0's."""
     checkpoint = read_checkpoint(model_store / CHAINED / "1")
     examples = labelled_examples(list(checkpoint.manifest.labels))
     tokens = TokenizedTexts.of(checkpoint, examples)
