@@ -58,7 +58,7 @@ lint: .venv/.dev ## check style, types, import rules and forbidden words
 	$(BIN)/codespell --dictionary - --dictionary docs/glossary.txt
 
 bench: .venv/.dev ## check the speed targets (pass or short) of the compact pass, and of this service compared with other servers
-	$(BIN)/python loadtests/bench.py --repeats $(REPEATS) $(NEWS)
+	$(BIN)/python loadtests/bench.py --repeats $(REPEATS) $(BEFORE:%=--before %) $(NEWS)
 
 bench-quick: .venv/.dev ## the same in three minutes, with fewer texts and servers; fails only on wrong answers
 	$(BIN)/python loadtests/bench.py --quick $(NEWS)

@@ -90,6 +90,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--data", type=Path, help="labelled texts (Parquet) beside a labels.json")
     parser.add_argument("--checkpoint", type=Path, default=Path("model_store/ag_news/3"))
+    parser.add_argument("--before", type=Path, help="another checkout to compare with")
     parser.add_argument("--repeats", type=int, default=1, help="repeats of the comparison")
     given = parser.parse_args()
     began = time.monotonic()
@@ -102,7 +103,7 @@ def main() -> None:
     plan.cores.hold_client()
     stored: list[dict[str, Any]] = []
     for _ in range(given.repeats):
-        measured, absent = repeat(plan, levels, baselines)
+        measured, absent = repeat(plan, levels, baselines, given.before)
         stored.append(
             {"machine": facts, "absent": absent, "measured": [asdict(m) for m in measured]}
         )

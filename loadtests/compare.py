@@ -2,6 +2,7 @@
 
     make baselines    # once: environments for LitServe, BentoML, Infinity and Ray Serve
     python loadtests/compare.py --data test.parquet --out docs/benchmarks/service [--repeats 3]
+    # with --before ../other-checkout, also beside a previous version, in its own environment
 
 The server runs on the first cores, the client on the last one. Each server gets requests of one
 text in three phases: from one caller; from 32 callers (closed loop); and on a schedule with half of
@@ -46,9 +47,11 @@ from loadtests.contenders import (
 )
 from loadtests.openloop import Client, Phase, limit_lines, quantile
 from loadtests.promises import Promise, spread
-from loadtests.servers import Cores, Server, ours, run_quietly
+from loadtests.servers import PARTS, Cores, Server, ours, run_quietly
 from loadtests.texts import texts_of
 
+BEFORE = ", previous version"
+"""End of the names of the other checkout's levels."""
 CALLERS = 32
 MIN_LATENCIES = 100
 """Minimum number of latencies for a 99th percentile."""
@@ -69,8 +72,7 @@ class Measured:
         half_p50: median latency at half load, in seconds.
         half_p99: 99th percentile at half load, in seconds.
         half_rate: requests per second at half load.
-        cpu_per_thousand: processor seconds of all processes per 1,000 texts.
-        frontend_per_thousand: processor seconds of the frontends per 1,000 texts.
+        cpu_per_thousand: processor seconds per 1,000 texts, by part of the server.
         memory: MiB of all processes.
         start: seconds from the start to the first answer.
         answered: number of texts whose answer was compared with the label.
@@ -87,8 +89,7 @@ class Measured:
     half_p50: float
     half_p99: float
     half_rate: float
-    cpu_per_thousand: float
-    frontend_per_thousand: float
+    cpu_per_thousand: dict[str, float]
     memory: float
     start: float
     answered: int
@@ -97,6 +98,11 @@ class Measured:
     client_busy: float
     late_p99: float
     tails: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def cpu(self) -> float:
+        """Processor seconds of all processes per 1,000 texts."""
+        return sum(self.cpu_per_thousand.values())
 
 
 @dataclass(frozen=True)
@@ -165,10 +171,9 @@ async def measure(
     requests = [client.request(body(text)) for text in plan.texts]
     await client.closed("warm-up", requests, CALLERS, min(WARM_UP_SECONDS, plan.seconds))
     lone = await client.closed("lone", requests, 1, plan.seconds / 2)
-    part = "" if name == FLOOR.name else "service.frontend"
-    before, frontend = server.cpu_seconds(), server.cpu_seconds(part)
+    before = server.cpu_by_part()
     full = await client.closed("full", requests, CALLERS, plan.seconds)
-    cpu, frontend = server.cpu_seconds() - before, server.cpu_seconds(part) - frontend
+    cpu = {part: seconds - before[part] for part, seconds in server.cpu_by_part().items()}
     half = await client.scheduled(
         "half", requests, full.goodput / 2, plan.seconds, arrivals="poisson"
     )
@@ -176,12 +181,12 @@ async def measure(
     answers = {n: read(json.loads(answer)) for phase in phases for n, answer in phase.bodies}
     if name == FLOOR.name:
         answers = {}
-    tails = tails_by_steps(half, read) if name in OURS else {}
+    tails = tails_by_steps(half, read) if is_ours(name) else {}
     memory = server.memory()
     client.close()
     return Measured(
         name, full.goodput, lone.latency(0.5), half.latency(0.5), half.latency(0.99), half.rate,
-        1000 * cpu / full.statuses["200"], 1000 * frontend / full.statuses["200"],
+        {part: 1000 * seconds / full.statuses["200"] for part, seconds in cpu.items()},
         memory, server.start_seconds, len(answers),
         sum(answer["label"] == plan.labels[n] for n, answer in answers.items()),
         sum(p.due - p.statuses["200"] for p in phases),
@@ -202,10 +207,25 @@ def tails_by_steps(phase: Phase, read: Callable[[Any], dict[str, Any]]) -> dict[
     }
 
 
+def is_ours(name: str) -> bool:
+    """Return whether a contender is a level of this service or of its previous version."""
+    return name.removesuffix(BEFORE) in OURS
+
+
 def repeat(
-    plan: Plan, levels: Collection[str], baselines: Collection[Contender]
+    plan: Plan,
+    levels: Collection[str],
+    baselines: Collection[Contender],
+    previous: Path | None = None,
 ) -> tuple[list[Measured], dict[str, str]]:
     """Measure all contenders once, in random order.
+
+    Args:
+        plan: conditions that are the same for all.
+        levels: names of `OURS`.
+        baselines: other servers.
+        previous: another checkout of this project, which serves its own model store at the same
+            levels; None: only this one.
 
     Returns:
         The figures, and the reasons why baselines were not measured, by name.
@@ -219,15 +239,14 @@ def repeat(
         print(f"{measured.name}: {measured.throughput:.0f}/s", file=sys.stderr)
         done.append(measured)
 
-    def measure_ours() -> None:
-        flags = ("--models=ag_news", f"--model-store={Path('model_store').absolute()}")
-        with ours(plan.cores.server, *flags) as server:
+    def measure_ours(folder: Path | None, suffix: str) -> None:
+        with ours(plan.cores.server, "--models=ag_news", folder=folder) as server:
             for name in levels:
 
                 def body(text: str, fields: dict[str, Any] = OURS[name]) -> dict[str, Any]:
                     return {"input": text} | fields
 
-                record(uvloop.run(measure(name, server, plan, body, first)))
+                record(uvloop.run(measure(name + suffix, server, plan, body, first)))
 
     def measure_baseline(baseline: Contender) -> None:
         try:
@@ -240,7 +259,9 @@ def repeat(
             absent[baseline.name] = f"{type(error).__name__}: {error}"
             print(f"{baseline.name}: {absent[baseline.name]}", file=sys.stderr)
 
-    runs: list[Callable[[], None]] = [measure_ours]
+    runs: list[Callable[[], None]] = [partial(measure_ours, None, "")]
+    if previous is not None:
+        runs.append(partial(measure_ours, previous, BEFORE))
     runs += [
         partial(measure_baseline, baseline) for baseline in baselines if baseline.name not in absent
     ]
@@ -264,7 +285,8 @@ class Repeats:
 
     def __init__(self, repeats: Sequence[dict[str, Any]]) -> None:
         self.runs = [{m["name"]: Measured(**m) for m in r["measured"]} for r in repeats]
-        order = [*OURS, *(baseline.name for baseline in CONTENDERS)]
+        levels = [name + suffix for suffix in ("", BEFORE) for name in OURS]
+        order = [*levels, *(baseline.name for baseline in CONTENDERS)]
         self.names = [name for name in order if all(name in run for run in self.runs)]
         self.dense = [name for name in self.names if name in DENSE]
 
@@ -301,7 +323,7 @@ def service_promises(repeats: Repeats) -> list[Promise]:
         return m.throughput
 
     frontend = [
-        run["balanced"].frontend_per_thousand - run[FLOOR.name].frontend_per_thousand
+        run["balanced"].cpu_per_thousand["frontend"] - run[FLOOR.name].cpu
         for run in repeats.runs
     ]
     tail = [max(run["balanced"].tails.values(), default=math.nan) for run in repeats.runs]
@@ -341,19 +363,22 @@ def report(folder: Path, stored: list[dict[str, Any]], client: Sequence[str]) ->
         right = sum(run[name].right for run in repeats.runs)
         rows.append(
             [
-                f"**{name}**" if name in OURS else name,
+                f"**{name}**" if is_ours(name) else name,
                 spread(repeats.ratio(name, repeats.dense, lambda m: m.throughput)),
                 spread(repeats.ratio(name, repeats.dense, lambda m: m.lone_p50, min)),
-                spread(repeats.ratio(name, repeats.dense, lambda m: m.cpu_per_thousand, min)),
+                spread(repeats.ratio(name, repeats.dense, lambda m: m.cpu, min)),
                 f"{right / counted:.4f} of {counted}" if counted else "",
                 spread(repeats.values(name, lambda m: m.throughput), ".0f"),
                 spread(repeats.values(name, lambda m: 1000 * m.lone_p50), ".1f"),
                 spread(repeats.values(name, lambda m: 1000 * m.half_p50), ".1f"),
                 spread(repeats.values(name, lambda m: 1000 * m.half_p99), ".1f"),
-                spread(repeats.values(name, lambda m: m.cpu_per_thousand)),
-                spread(repeats.values(name, lambda m: m.frontend_per_thousand))
-                if name in OURS
-                else "",
+                spread(repeats.values(name, lambda m: m.cpu)),
+                *(
+                    spread(repeats.values(name, lambda m: m.cpu_per_thousand[part]))
+                    if is_ours(name)
+                    else ""
+                    for part in PARTS
+                ),
                 spread(repeats.values(name, lambda m: m.memory), ".0f"),
             ]
         )
@@ -361,6 +386,7 @@ def report(folder: Path, stored: list[dict[str, Any]], client: Sequence[str]) ->
         "server", "throughput / best dense", "p50 of one caller / best dense", "CPU / best dense",
         "accuracy", "texts/s", "p50 of one caller, ms", "p50 at half load, ms",
         "p99 at half load, ms", "CPU seconds per 1,000 texts", "of these in the frontend",
+        "in the engine",
         "memory, MiB",
     ]  # fmt: skip
     targets = markdown_table(PROMISE_HEADS, [p.row for p in service_promises(repeats)])
@@ -417,6 +443,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="labelled texts (Parquet) beside a labels.json")
     parser.add_argument("--out", type=Path, default=Path("build/compare"))
     parser.add_argument("--checkpoint", type=Path, default=Path("model_store/ag_news/3"))
+    parser.add_argument("--before", type=Path, help="another checkout to compare with")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=5.0, help="duration of a phase")
     given = parser.parse_args()
@@ -430,7 +457,7 @@ def main() -> None:
         plan = Plan.of(given.checkpoint, given.data, given.seconds)
         plan.cores.hold_client()
         for _ in range(given.repeats):
-            measured, absent = repeat(plan, OURS, CONTENDERS)
+            measured, absent = repeat(plan, OURS, CONTENDERS, given.before)
             facts = machine(plan, given.data)
             stored.append(
                 {"machine": facts, "absent": absent, "measured": [asdict(m) for m in measured]}

@@ -31,7 +31,7 @@ from loadtests.servers import Server, ours
 from loadtests.texts import texts_of
 
 MODEL = Path("model_store/ag_news/3")
-PARTS = {"frontend": "service.frontend", "engine": "service.engine", "rest": ""}
+COLUMNS = ("frontend", "engine", "rest", "all")
 SETTLE = 0.5
 """Seconds after which all reports of counts, sent four times a second, have been sent."""
 
@@ -107,13 +107,12 @@ def easy(url: str, texts: Sequence[str]) -> list[str]:
 
 def measure(server: Server, traffic: Traffic, texts: Sequence[str]) -> dict[str, float]:
     """Return the processor time per text in microseconds, by part of the server."""
-    before = {part: server.cpu_seconds(word) for part, word in PARTS.items()}
+    before = server.cpu_by_part()
     for _ in ask(server.url, traffic.bodies(texts), traffic.callers):
         pass
     time.sleep(SETTLE)
-    used = {part: server.cpu_seconds(word) - before[part] for part, word in PARTS.items()}
-    used["all"] = used["rest"]
-    used["rest"] = used["all"] - used["frontend"] - used["engine"]
+    used = {part: seconds - before[part] for part, seconds in server.cpu_by_part().items()}
+    used["all"] = sum(used.values())
     return {part: 1e6 * s / (traffic.texts * traffic.count) for part, s in used.items()}
 
 
@@ -141,15 +140,13 @@ def main() -> None:
             }
             for _ in range(given.repeats)
         ]
-    table = Table("traffic", "server", *PARTS, "all", "all / floor", box=box.SIMPLE)
+    table = Table("traffic", "server", *COLUMNS, "all / floor", box=box.SIMPLE)
     for traffic in TRAFFIC:
         for name in servers:
             times = [one[traffic.name, name] for one in rounds]
             floor = [one[traffic.name, "floor"]["all"] for one in rounds]
             ratios = sorted(a["all"] / b for a, b in zip(times, floor, strict=True))
-            parts = [
-                f"{statistics.median(one[part] for one in times):.0f}" for part in (*PARTS, "all")
-            ]
+            parts = [f"{statistics.median(one[part] for one in times):.0f}" for part in COLUMNS]
             shown = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
             table.add_row(traffic.name, name, *parts, shown)
     console = Console()

@@ -55,6 +55,10 @@ def memory(processes: Iterable[psutil.Process]) -> float:
     return mib
 
 
+PARTS = {"frontend": "service.front", "engine": "service.engine"}
+"""Parts of this service, in older versions too, and the beginning of a word in their commands."""
+
+
 @dataclass(frozen=True)
 class Cores:
     """The cores of the server and of the client."""
@@ -213,6 +217,11 @@ class Server:
                     times = process.cpu_times()
                     used += times.user + times.system
         return used
+
+    def cpu_by_part(self) -> dict[str, float]:
+        """Return the processor time of all processes in seconds, by part of this service."""
+        parts = {part: self.cpu_seconds(word) for part, word in PARTS.items()}
+        return parts | {"rest": self.cpu_seconds() - sum(parts.values())}
 
     def at_rest(self, seconds: float) -> float:
         """Return the share of a core that all processes use while idle."""

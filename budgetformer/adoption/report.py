@@ -32,7 +32,7 @@ def level_cells(rows: Sequence[Row], timing: Timing) -> list[list[str]]:
             "" if row.accuracy is None else f"{row.accuracy:.4f}",
             f"{row.macs_share:.1%}",
             f"{timing.milliseconds[row.quality]:.3f}",
-            f"{timing.price(row.quality):.2f}",
+            timing.price_text(row.quality),
         ]
         for row in rows
     ]

@@ -86,6 +86,10 @@ class Timing(_Data):
         """Return the price of a million texts at a level."""
         return self.milliseconds[level] * 1e6 / 3.6e6 * self.threads * self.core_hour_price
 
+    def price_text(self, level: str) -> str:
+        """Return that price with three significant digits: it may be far below a cent."""
+        return f"{self.price(level):#.3g}"
+
 
 class Manifest(_Data):
     """The content of a checkpoint's `manifest.json`.

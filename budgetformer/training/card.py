@@ -160,7 +160,7 @@ def _cost_section(manifest: Manifest) -> str:
     table = markdown_table(
         ["quality", "ms per text", "cost of a million texts"],
         [
-            [name, f"{milliseconds:.3f}", f"{timing.price(name):.2f}"]
+            [name, f"{milliseconds:.3f}", timing.price_text(name)]
             for name, milliseconds in timing.milliseconds.items()
         ],
     )

@@ -37,10 +37,13 @@ class Recipe:
         weight_decay: weight decay of AdamW, applied to matrices only.
         warmup: share of the optimiser steps in which the learning rate rises.
         attention_dropout: dropout of attention weights in training (attention is faster without).
-        precision: "bf16" computes matrix products in bfloat16 (fast if the processor supports it).
+        precision: "bf16" computes matrix products in bfloat16, "fp32" in float32; "auto" uses
+            bfloat16 if the device has instructions for it.
         dense_epochs: epochs with all heads, which produce the teacher. Without `budget_epochs`, the
             result is the plain multi-head network.
         budget_epochs: epochs in which items train at random ladder steps, with the teacher.
+        min_budget_updates: minimum number of optimiser steps in the budget epochs, if there are
+            any; with few texts, epochs are added. Small steps need a few thousand updates.
         small_step_bias: exponent b of the random step ceil(S * u^b); above 1 favours small steps.
         full_step_share: share of the random steps that are replaced by the full step, to preserve
             the full network.
@@ -72,6 +75,8 @@ class Recipe:
             trained.
         exit_share: weight of step 0's out-of-fold logits, which are added to the encoder's in
             training, so that the encoder learns to correct step 0; 0: not added.
+        fuse_full_step: whether they are added at the full step too. Without, the full step learns
+            to answer alone, and can begin as a given classifier.
         exit_tokens: maximum tokens of a text that step 0 reads.
         level_costs: maximum mean costs of `fast` and `balanced`, as shares of the dense network's
             multiply-adds.
@@ -91,9 +96,10 @@ class Recipe:
     weight_decay: Weight = 0.01
     warmup: Share = 0.06
     attention_dropout: Share = 0.0
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
     dense_epochs: Count = 1
     budget_epochs: Count = 2
+    min_budget_updates: Count = 0
     small_step_bias: Positive = 2.0
     full_step_share: Share = 0.0
     sandwich: bool = True
@@ -117,6 +123,7 @@ class Recipe:
     hold_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
     exit_folds: Annotated[int, Field(ge=2)] = 5
     exit_share: Weight = 0.7
+    fuse_full_step: bool = True
     exit_tokens: Size = 4096
     exit_weights: Count = 2**20
     level_costs: tuple[Share, Share] = (0.1, 0.3)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from budgetformer.checkpoint.staging import disk_errors
 from budgetformer.errors import TrainingError, one_line
+from budgetformer.inference.backends.linear import has_fast_bfloat16
 from budgetformer.model.answers import confidence
 from budgetformer.model.architecture import FIELDS, Architecture
 from budgetformer.model.budget import Gating
@@ -193,9 +194,9 @@ class Trainer:
             if teacher is None and self.recipe.distillation and self.recipe.budget_epochs:
                 last = self.model.config.num_steps
                 teacher = self.predict(self.tokens, last, "teacher").to(self.device)
-                if self.step0 is not None:
+                if self.step0 is not None and self.recipe.fuse_full_step:
                     teacher += self.step0
-            stage = Stage("budget", self.recipe.budget_epochs, self._budget_loss, teacher)
+            stage = Stage("budget", self._budget_epochs(), self._budget_loss, teacher)
             frozen = self.recipe.freeze_embeddings and self.recipe.dense_epochs > 0
             embeddings = self.model.encoder.embeddings
             embeddings.requires_grad_(not frozen)
@@ -220,6 +221,11 @@ class Trainer:
         batches = self.tokens.batches(self.recipe.batch_size, self.recipe.seed)
         for batch in islice(batches, IMPORTANCE_BATCHES):
             yield inputs(batch.to(self.device)) | {"labels": self.labels[batch.rows]}
+
+    def _budget_epochs(self) -> int:
+        epochs = self.recipe.budget_epochs
+        needed = -(-self.recipe.min_budget_updates // self.steps_per_epoch)
+        return max(epochs, needed) if epochs else 0
 
     def _dense_loss(self, batch: TokenBatch, teacher: Tensor | None) -> Tensor:
         logits = self._fused(self._logits(batch, self.model.config.num_steps), batch)
@@ -256,7 +262,9 @@ class Trainer:
             steps = self._random_steps(len(parts)).tolist()
         total, rows = torch.zeros((), device=self.device), sum(len(part.rows) for part in parts)
         for part, step in zip(parts, steps, strict=True):
-            logits = self._fused(self._logits(part, step), part)
+            logits = self._logits(part, step)
+            if self.recipe.fuse_full_step or step < self.model.config.num_steps:
+                logits = self._fused(logits, part)
             loss = self._taught_loss(logits, part, teacher)
             total = total + loss * (len(part.rows) / rows)
         return total
@@ -336,7 +344,8 @@ class Trainer:
         return Gating(self.recipe.gating, temperature, noise, self.recipe.random_heads)
 
     def _autocast(self) -> Any:
-        if self.recipe.precision == "bf16":
+        precision = self.recipe.precision
+        if precision == "bf16" or (precision == "auto" and has_fast_bfloat16(self.device)):
             return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()
 

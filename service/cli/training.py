@@ -216,7 +216,7 @@ def _show_levels(manifest: Manifest, as_json: bool) -> None:
         out.print(f"Steps: {', '.join(map(str, manifest.policy.chain))}")
     table = Table("quality", manifest.measure, "95 %", "of dense")
     scored = timing is not None and any(level.accuracy is not None for level in levels)
-    for name in ("ms/text", "a million") if timing else ("accuracy drop", "mean heads"):
+    for name in ("ms/text", "price/M") if timing else ("accuracy drop", "mean heads"):
         table.add_column(name)
     if scored:
         table.add_column("accuracy")
@@ -226,14 +226,14 @@ def _show_levels(manifest: Manifest, as_json: bool) -> None:
         if timing is None:
             cells: tuple[str, ...] = (f"{level.points_lost:+.2f}", f"{level.mean_heads:.2f}")
         else:
-            cells = (f"{timing.milliseconds[name]:.3f}", f"{timing.price(name):.2f}")
+            cells = (f"{timing.milliseconds[name]:.3f}", timing.price_text(name))
         if scored:
             cells += ("" if level.accuracy is None else f"{level.accuracy:.4f}",)
-        interval = f"{bounds[0]:.3f}..{bounds[1]:.3f}"
+        interval = f"{bounds[0]:.3f}-{bounds[1]:.3f}"
         table.add_row(name, f"{reached:.4f}", interval, f"{level.macs_share:.1%}", *cells)
     out.print(table)
     if timing is not None:
-        dense = f"{timing.milliseconds[FULL]:.3f} ms per text, {timing.price(FULL):.2f} a million"
+        dense = f"{timing.milliseconds[FULL]:.3f} ms per text, {timing.price_text(FULL)} a million"
         out.print(f"All heads: {dense} ({timing.processor}, {timing.precision}).")
     _show_steps({str(level.name): level.budgets for level in levels})
 

@@ -137,6 +137,18 @@ def has_amx() -> bool:
     return bool(capabilities.get("amx_bf16"))
 
 
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Return whether training is faster in bfloat16: the device has instructions for it.
+
+    With those of AVX-512, products of whole batches take a third of float32's time, unlike those of
+    a pass (see `has_amx`).
+    """
+    if device.type != "cpu":
+        return can_multiply_bfloat16(device)
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
 def can_multiply_bfloat16(device: torch.device) -> bool:
     """Return whether a device has native bfloat16 products."""
     if device.type != "cuda":

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from budgetformer.model.architecture import MULTI_LABEL
 from budgetformer.model.budget import Gating
@@ -460,6 +460,23 @@ class TestStep0:
         run.trainer(model, known).train()
         assert mean_loss(run, model, 4) == pytest.approx(before, rel=0.02)
 
+    @torch.no_grad()
+    def test_the_full_step_can_learn_without_step_0(self, new_run: Callable[..., Run]) -> None:
+        losses = []
+        for fused in (True, False):
+            run = new_run(exit_share=0.5, fuse_full_step=fused, small_step_bias=1e9)
+            model, labels = new_network().eval(), torch.from_numpy(run.examples.labels)
+            trainer, batch = run.trainer(model, self.step0), run.tokens.batch(np.arange(48))
+            expected = 0.0
+            for step in (1, 1, 4):  # the smallest, a random and the full step
+                logits = trainer.predict(run.tokens, step, "test")
+                if fused or step < 4:
+                    logits = logits + 0.5 * self.step0
+                expected += model.loss(logits, labels).item() / 3
+            losses.append(trainer._sliced_loss(batch, None).item())
+            assert losses[-1] == pytest.approx(expected, rel=1e-4)
+        assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+
     def test_the_teachers_answers_include_the_share_of_step_0(
         self, new_run: Callable[..., Run]
     ) -> None:
@@ -471,6 +488,34 @@ class TestStep0:
                 trainer._fused(trainer._logits(batch, 4), batch), batch, taught
             )
         assert loss.item() == pytest.approx(0, abs=1e-5)
+
+
+class TestUpdates:
+    @pytest.mark.parametrize(
+        ("epochs", "updates", "expected"), [(2, 0, 8), (2, 8, 8), (2, 9, 12), (0, 9, 0)]
+    )
+    def test_few_texts_get_more_epochs(
+        self, new_run: Callable[..., Run], epochs: int, updates: int, expected: int
+    ) -> None:
+        run = new_run(
+            dense_epochs=0, budget_epochs=epochs, min_budget_updates=updates, distillation=0.0
+        )
+        run.trainer(new_network()).train()
+        importance = 4  # batches that measure the importance of heads
+        assert FailingTexts.batches_left - run.tokens.batches_left == importance + expected
+
+    @pytest.mark.parametrize(("fast", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+    def test_auto_trains_in_bfloat16_where_that_is_faster(
+        self,
+        new_run: Callable[..., Run],
+        monkeypatch: pytest.MonkeyPatch,
+        fast: bool,
+        dtype: torch.dtype,
+    ) -> None:
+        monkeypatch.setattr(trainer_module, "has_fast_bfloat16", lambda _: fast)
+        linear, trainer = nn.Linear(2, 2), new_run(precision="auto").trainer(new_network())
+        with trainer._autocast():
+            assert linear(torch.ones(1, 2)).dtype == dtype
 
 
 class TestMicroBatches:
