@@ -306,6 +306,10 @@ class Repeats:
     def values(self, name: str, value: Callable[[Measured], float]) -> list[float]:
         return [value(run[name]) for run in self.runs]
 
+    def cpu_of_part(self, name: str, part: str) -> str:
+        """Return the processor seconds of one part of a server per 1,000 texts, for a table."""
+        return spread(self.values(name, lambda m: m.cpu_per_thousand[part]))
+
     def broken(self) -> list[str]:
         """Return a line for each contender with unanswered requests or too low an accuracy."""
         return [
@@ -323,8 +327,7 @@ def service_promises(repeats: Repeats) -> list[Promise]:
         return m.throughput
 
     frontend = [
-        run["balanced"].cpu_per_thousand["frontend"] - run[FLOOR.name].cpu
-        for run in repeats.runs
+        run["balanced"].cpu_per_thousand["frontend"] - run[FLOOR.name].cpu for run in repeats.runs
     ]
     tail = [max(run["balanced"].tails.values(), default=math.nan) for run in repeats.runs]
     return [
@@ -373,12 +376,7 @@ def report(folder: Path, stored: list[dict[str, Any]], client: Sequence[str]) ->
                 spread(repeats.values(name, lambda m: 1000 * m.half_p50), ".1f"),
                 spread(repeats.values(name, lambda m: 1000 * m.half_p99), ".1f"),
                 spread(repeats.values(name, lambda m: m.cpu)),
-                *(
-                    spread(repeats.values(name, lambda m: m.cpu_per_thousand[part]))
-                    if is_ours(name)
-                    else ""
-                    for part in PARTS
-                ),
+                *(repeats.cpu_of_part(name, part) if is_ours(name) else "" for part in PARTS),
                 spread(repeats.values(name, lambda m: m.memory), ".0f"),
             ]
         )

