@@ -1,12 +1,14 @@
 """Add budgets to a classifier by distillation on texts without labels.
 
 Step 0 and f_o are trained on the classifier's answers; with the recipe "hours", so is every step
-of the ladder. Levels are calibrated for agreement with the classifier, on held-out texts.
+of the ladder, and the result is kept if it makes `balanced` cheaper. Levels are calibrated for
+agreement with the classifier, on held-out texts.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,9 +24,16 @@ from budgetformer.families.hub import model_name
 from budgetformer.families.tokenizer import check_tokenizer, read_tokenizer
 from budgetformer.inference.packed import PackedPass, PackedTokens
 from budgetformer.inference.precision_choice import load_pass
+from budgetformer.inference.ranges import LayerRanges
 from budgetformer.model.architecture import MULTI_LABEL
+from budgetformer.model.modeling import BudgetFormerForSequenceClassification
 from budgetformer.model.tfidf import table_columns
-from budgetformer.training.calibration import answers_of, ranges_of_states
+from budgetformer.training.calibration import (
+    AGREEMENT,
+    CalibrationResult,
+    answers_of,
+    ranges_of_states,
+)
 from budgetformer.training.card import write_card
 from budgetformer.training.data import (
     TokenizedTexts,
@@ -144,34 +153,54 @@ def add_budgets(
     )
     seen = tokens.subset(train_rows)
     model.exit_head, out_of_fold = fit_step0(model.config, seen, answered, recipe)
-    trainer = Trainer(
-        *(model, seen, answered, recipe, work_dir, log, conversion.origin, out_of_fold),
-        teacher=original[train_rows],
-        device=training_device,
-        micro_batch=micro_batch,
-        processes=processes,
-    )
-    trainer.train()
-    if not processes.is_main:
-        return False
-    log("fitting f_o, calibrating budgets")
-    dtype = torch.float16 if recipe.budget_epochs else smallest_dtype(source.weights)
-    with torch.no_grad():  # calibrate with the weights as they will be stored
-        for weight in model.parameters():
-            weight.copy_(weight.to(dtype).float())
     unseen = tokens.subset(held_out)
-    ranges = ranges_of_states(model, unseen)
-    network = load_pass(model, "auto", ranges)
-    calibration = find_policy(
-        network,
-        unseen,
-        torch.from_numpy(examples.labels[held_out]) if labelled else None,
-        recipe.level_costs,
-        f_o_seed=recipe.seed,
-        original=original[held_out],
-    )
+
+    def trained(model: BudgetFormerForSequenceClassification, recipe: Recipe, state: Path) -> None:
+        Trainer(
+            *(model, seen, answered, recipe, state, log, conversion.origin, out_of_fold),
+            teacher=original[train_rows],
+            device=training_device,
+            micro_batch=micro_batch,
+            processes=processes,
+        ).train()
+
+    def calibrated(model: BudgetFormerForSequenceClassification, dtype: torch.dtype) -> _Version:
+        log("fitting f_o, calibrating budgets")
+        with torch.no_grad():  # calibrate with the weights as they will be stored
+            for weight in model.parameters():
+                weight.copy_(weight.to(dtype).float())
+        ranges = ranges_of_states(model, unseen)
+        calibration = find_policy(
+            load_pass(model, "auto", ranges),
+            unseen,
+            torch.from_numpy(examples.labels[held_out]) if labelled else None,
+            recipe.level_costs,
+            f_o_seed=recipe.seed,
+            original=original[held_out],
+        )
+        return _Version(model, dtype, ranges, calibration)
+
+    without_training = work_dir / "without_training"
+    trained(model, replace(recipe, budget_epochs=0), without_training)
+    pupil = copy.deepcopy(model) if recipe.budget_epochs else None
+    dtype = smallest_dtype(source.weights)
+    version = calibrated(model, dtype) if processes.is_main else None
+    if pupil is not None:
+        if version is not None:
+            log(f"without training of the steps: {version.summary}")
+        trained(pupil, recipe, work_dir)
+        if version is not None:
+            taught = calibrated(pupil, torch.float16)
+            log(f"with training of the steps: {taught.summary}")
+            if taught.is_better_than(version):
+                version = taught
+            else:
+                log("the steps gained nothing: the classifier's weights are kept")
+    if version is None:
+        return False
+    model = version.model
     with staged(output, replace=True) as folder:
-        write_network(model, tokenizer.tokenizer, folder, max_tokens, tokenizer.side, dtype)
+        write_network(model, tokenizer.tokenizer, folder, max_tokens, tokenizer.side, version.dtype)
         manifest = describe(
             folder,
             output,
@@ -186,22 +215,59 @@ def add_budgets(
                 "train_rows": float(len(train_rows)),
                 "calibration_rows": float(len(held_out)),
                 "conversion_difference": conversion.difference or 0.0,
+                "steps_trained": float(model is pupil),
             },
-            ranges=ranges,
+            ranges=version.ranges,
             provenance=Provenance(
                 starting_weights=model_name(classifier),
                 starting_weights_license="as stated with those weights",
                 data=recipe.data_name or texts.name,
                 data_terms=recipe.data_terms,
             ),
-            **calibration.manifest_fields(),
+            **version.calibration.manifest_fields(),
         )
         write_manifest(folder, manifest)
         manifest = add_timing(folder, examples.subset(held_out), core_hour_price, log)
         write_card(folder, manifest, [])
+    remove_state(without_training)
     remove_state(work_dir)
     log(f"wrote {output}")
     return True
+
+
+@dataclass(frozen=True)
+class _Version:
+    """A network with a policy, before it is written.
+
+    Attributes:
+        model: the network.
+        dtype: type of its stored weights.
+        ranges: ranges of its states, for int8.
+        calibration: its policy.
+    """
+
+    model: BudgetFormerForSequenceClassification
+    dtype: torch.dtype
+    ranges: tuple[LayerRanges, ...]
+    calibration: CalibrationResult
+
+    @property
+    def balanced(self) -> tuple[float, float]:
+        """Agreement of `balanced`, and its multiply-adds as a share of the dense network's."""
+        assert self.calibration.policy is not None
+        level = self.calibration.policy.level("balanced")
+        return level.reached("agreement")[0], level.macs_share
+
+    @property
+    def summary(self) -> str:
+        """Description of `balanced` for the log."""
+        agreement, cost = self.balanced
+        return f"`balanced` agrees on {agreement:.4f} of the texts, at {cost:.1%} of dense"
+
+    def is_better_than(self, other: _Version) -> bool:
+        """Return whether `balanced` costs less here and agrees as often, or as often as it must."""
+        (agreement, cost), (least, most) = self.balanced, other.balanced
+        return cost < most and agreement >= min(AGREEMENT["balanced"], least)
 
 
 def full_logits(network: PackedPass, tokens: TokenizedTexts) -> Tensor:

@@ -75,8 +75,6 @@ class Recipe:
             trained.
         exit_share: weight of step 0's out-of-fold logits, which are added to the encoder's in
             training, so that the encoder learns to correct step 0; 0: not added.
-        fuse_full_step: whether they are added at the full step too. Without, the full step learns
-            to answer alone, and can begin as a given classifier.
         exit_tokens: maximum tokens of a text that step 0 reads.
         level_costs: maximum mean costs of `fast` and `balanced`, as shares of the dense network's
             multiply-adds.
@@ -123,7 +121,6 @@ class Recipe:
     hold_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
     exit_folds: Annotated[int, Field(ge=2)] = 5
     exit_share: Weight = 0.7
-    fuse_full_step: bool = True
     exit_tokens: Size = 4096
     exit_weights: Count = 2**20
     level_costs: tuple[Share, Share] = (0.1, 0.3)

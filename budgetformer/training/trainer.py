@@ -194,7 +194,7 @@ class Trainer:
             if teacher is None and self.recipe.distillation and self.recipe.budget_epochs:
                 last = self.model.config.num_steps
                 teacher = self.predict(self.tokens, last, "teacher").to(self.device)
-                if self.step0 is not None and self.recipe.fuse_full_step:
+                if self.step0 is not None:
                     teacher += self.step0
             stage = Stage("budget", self._budget_epochs(), self._budget_loss, teacher)
             frozen = self.recipe.freeze_embeddings and self.recipe.dense_epochs > 0
@@ -262,9 +262,7 @@ class Trainer:
             steps = self._random_steps(len(parts)).tolist()
         total, rows = torch.zeros((), device=self.device), sum(len(part.rows) for part in parts)
         for part, step in zip(parts, steps, strict=True):
-            logits = self._logits(part, step)
-            if self.recipe.fuse_full_step or step < self.model.config.num_steps:
-                logits = self._fused(logits, part)
+            logits = self._fused(self._logits(part, step), part)
             loss = self._taught_loss(logits, part, teacher)
             total = total + loss * (len(part.rows) / rows)
         return total

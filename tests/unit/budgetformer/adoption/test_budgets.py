@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from budgetformer.adoption import budgets
 from budgetformer.adoption.budgets import add_budgets
 from budgetformer.checkpoint.store import Checkpoint, read_checkpoint
 from budgetformer.classifier import Classifier
 from budgetformer.errors import BudgetFormerError, CheckpointError, DataError
+from budgetformer.training.calibration import CalibrationResult
 from budgetformer.training.recipe import Recipe
 from tests.support.classifiers import save_classifier
+from tests.support.networks import new_network
 from tests.support.stores import labelled_sentences, write_jsonl
 from tests.unit.budgetformer.adoption.test_as_is import add_files, pipeline_probabilities
 
@@ -110,10 +114,17 @@ def test_labels_only_add_the_accuracy(folder: Path, made: Checkpoint, tmp_path: 
 
 
 def test_effort_hours_brings_every_step_closer_to_the_classifier(
-    folder: Path, made: Checkpoint, tmp_path: Path
+    folder: Path, made: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(budgets._Version, "is_better_than", lambda *_: True)
     taught, _ = adopt(
-        folder, tmp_path, effort="hours", budget_epochs=60, learning_rate=3e-3, batch_size=12
+        folder,
+        tmp_path,
+        effort="hours",
+        budget_epochs=60,
+        min_budget_updates=0,
+        learning_rate=3e-3,
+        batch_size=12,
     )
     assert taught.manifest.measure == "agreement"
     texts = [str(row["text"]) for row in ROWS]
@@ -125,7 +136,54 @@ def test_effort_hours_brings_every_step_closer_to_the_classifier(
         answers = Classifier(checkpoint.path)(texts, heads=1)
         return float(np.abs(np.array([a.probs for a in answers]) - wanted).mean())
 
+    assert taught.manifest.metrics["steps_trained"] == 1
     assert distance(taught) < 0.9 * distance(made)
+
+
+@pytest.mark.parametrize("epochs", [1, 30])
+def test_trained_steps_are_kept_only_if_they_make_balanced_cheaper(
+    folder: Path, made: Checkpoint, tmp_path: Path, epochs: int
+) -> None:
+    rates = {"learning_rate": 3e-3, "batch_size": 12, "min_budget_updates": 0}
+    kept, lines = adopt(folder, tmp_path, effort="hours", budget_epochs=epochs, **rates)
+    pattern = r"(with|without) training .* agrees on (\S+) of the texts, at (\S+)%"
+    found = [match.groups() for line in lines if (match := re.match(pattern, line))]
+    (first, least, most), (second, agreement, cost) = found
+    assert (first, second) == ("without", "with")
+    gained = float(cost) < float(most) and float(agreement) >= min(0.99, float(least))
+    assert kept.manifest.metrics["steps_trained"] == gained
+    balanced = kept.manifest.named_levels["balanced"]
+    assert f"{balanced.macs_share:.1%}" == (f"{cost}%" if gained else f"{most}%")
+    if not gained:
+        texts = [str(row["text"]) for row in ROWS[:9]]
+        given, same = (
+            Classifier(c.path, precision="float32")(texts, heads=c.num_heads) for c in (made, kept)
+        )
+        assert [a.probs for a in same] == [pytest.approx(a.probs, abs=1e-5) for a in given]
+
+
+@pytest.mark.parametrize(
+    ("agreement", "cost", "better"),
+    [
+        (0.99, 0.2, True),
+        (0.995, 0.2, True),
+        (0.989, 0.2, False),
+        (0.999, 0.3, False),
+        (0.999, 0.4, False),
+    ],
+)
+def test_a_version_is_better_if_it_agrees_as_often_as_it_must_at_a_lower_cost(
+    made: Checkpoint, agreement: float, cost: float, better: bool
+) -> None:
+    def version(agreement: float, cost: float) -> budgets._Version:
+        policy = made.manifest.policy
+        assert policy is not None
+        changed = {"agreement": agreement, "macs_share": cost}
+        levels = tuple(level.model_copy(update=changed) for level in policy.levels)
+        calibration = CalibrationResult([], [], policy.model_copy(update={"levels": levels}))
+        return budgets._Version(new_network(), torch.float32, (), calibration)
+
+    assert version(agreement, cost).is_better_than(version(0.995, 0.3)) == better
 
 
 @pytest.mark.parametrize(

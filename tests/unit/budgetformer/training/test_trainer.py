@@ -460,23 +460,6 @@ class TestStep0:
         run.trainer(model, known).train()
         assert mean_loss(run, model, 4) == pytest.approx(before, rel=0.02)
 
-    @torch.no_grad()
-    def test_the_full_step_can_learn_without_step_0(self, new_run: Callable[..., Run]) -> None:
-        losses = []
-        for fused in (True, False):
-            run = new_run(exit_share=0.5, fuse_full_step=fused, small_step_bias=1e9)
-            model, labels = new_network().eval(), torch.from_numpy(run.examples.labels)
-            trainer, batch = run.trainer(model, self.step0), run.tokens.batch(np.arange(48))
-            expected = 0.0
-            for step in (1, 1, 4):  # the smallest, a random and the full step
-                logits = trainer.predict(run.tokens, step, "test")
-                if fused or step < 4:
-                    logits = logits + 0.5 * self.step0
-                expected += model.loss(logits, labels).item() / 3
-            losses.append(trainer._sliced_loss(batch, None).item())
-            assert losses[-1] == pytest.approx(expected, rel=1e-4)
-        assert losses[0] != pytest.approx(losses[1], rel=1e-3)
-
     def test_the_teachers_answers_include_the_share_of_step_0(
         self, new_run: Callable[..., Run]
     ) -> None:
