@@ -152,7 +152,9 @@ def test_a_killed_frontend_is_replaced(called: Server, address: str) -> None:
     def frontend() -> psutil.Process:
         return next(c for c in called.children if "service.frontend" in c.cmdline())
 
-    frontend().kill()
+    killed = frontend()
+    killed.kill()
+    killed.wait(30)  # until its sockets are closed, which reset the connections that they hold
 
     def asks() -> bool:
         try:
