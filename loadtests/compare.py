@@ -239,7 +239,8 @@ def repeat(
         print(f"{measured.name}: {measured.throughput:.0f}/s", file=sys.stderr)
         done.append(measured)
 
-    def measure_ours(folder: Path | None, suffix: str) -> None:
+    def measure_ours(folder: Path | None) -> None:
+        suffix = "" if folder is None else BEFORE
         with ours(plan.cores.server, "--models=ag_news", folder=folder) as server:
             for name in levels:
 
@@ -259,9 +260,9 @@ def repeat(
             absent[baseline.name] = f"{type(error).__name__}: {error}"
             print(f"{baseline.name}: {absent[baseline.name]}", file=sys.stderr)
 
-    runs: list[Callable[[], None]] = [partial(measure_ours, None, "")]
+    runs: list[Callable[[], None]] = [partial(measure_ours, None)]
     if previous is not None:
-        runs.append(partial(measure_ours, previous, BEFORE))
+        runs.append(partial(measure_ours, previous))
     runs += [
         partial(measure_baseline, baseline) for baseline in baselines if baseline.name not in absent
     ]
@@ -384,8 +385,7 @@ def report(folder: Path, stored: list[dict[str, Any]], client: Sequence[str]) ->
         "server", "throughput / best dense", "p50 of one caller / best dense", "CPU / best dense",
         "accuracy", "texts/s", "p50 of one caller, ms", "p50 at half load, ms",
         "p99 at half load, ms", "CPU seconds per 1,000 texts", "of these in the frontend",
-        "in the engine",
-        "memory, MiB",
+        "in the engine", "memory, MiB",
     ]  # fmt: skip
     targets = markdown_table(PROMISE_HEADS, [p.row for p in service_promises(repeats)])
     absent = {name: reason for run in stored for name, reason in run.get("absent", {}).items()}

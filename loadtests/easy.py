@@ -27,11 +27,11 @@ from rich.console import Console
 from rich.table import Table
 
 from loadtests.contenders import FLOOR
-from loadtests.servers import Server, ours
+from loadtests.servers import PARTS, Server, ours
 from loadtests.texts import texts_of
 
 MODEL = Path("model_store/ag_news/3")
-COLUMNS = ("frontend", "engine", "rest", "all")
+COLUMNS = (*PARTS, "rest", "all")
 SETTLE = 0.5
 """Seconds after which all reports of counts, sent four times a second, have been sent."""
 

@@ -1,8 +1,8 @@
 """Add budgets to a classifier by distillation on texts without labels.
 
 Step 0 and f_o are trained on the classifier's answers; with the recipe "hours", so is every step
-of the ladder, and the result is kept if it makes `balanced` cheaper. Levels are calibrated for
-agreement with the classifier, on held-out texts.
+of the ladder, and the trained steps are kept if they make `balanced` cheaper. Levels are calibrated
+for agreement with the classifier, on held-out texts.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def add_budgets(
     model.exit_head, out_of_fold = fit_step0(model.config, seen, answered, recipe)
     unseen = tokens.subset(held_out)
 
-    def trained(model: BudgetFormerForSequenceClassification, recipe: Recipe, state: Path) -> None:
+    def train(model: BudgetFormerForSequenceClassification, recipe: Recipe, state: Path) -> None:
         Trainer(
             *(model, seen, answered, recipe, state, log, conversion.origin, out_of_fold),
             teacher=original[train_rows],
@@ -164,7 +164,7 @@ def add_budgets(
             processes=processes,
         ).train()
 
-    def calibrated(model: BudgetFormerForSequenceClassification, dtype: torch.dtype) -> _Version:
+    def calibrate(model: BudgetFormerForSequenceClassification, dtype: torch.dtype) -> _Candidate:
         log("fitting f_o, calibrating budgets")
         with torch.no_grad():  # calibrate with the weights as they will be stored
             for weight in model.parameters():
@@ -178,29 +178,31 @@ def add_budgets(
             f_o_seed=recipe.seed,
             original=original[held_out],
         )
-        return _Version(model, dtype, ranges, calibration)
+        return _Candidate(model, dtype, ranges, calibration)
 
     without_training = work_dir / "without_training"
-    trained(model, replace(recipe, budget_epochs=0), without_training)
-    pupil = copy.deepcopy(model) if recipe.budget_epochs else None
+    train(model, replace(recipe, budget_epochs=0), without_training)
+    student = copy.deepcopy(model) if recipe.budget_epochs else None
     dtype = smallest_dtype(source.weights)
-    version = calibrated(model, dtype) if processes.is_main else None
-    if pupil is not None:
-        if version is not None:
-            log(f"without training of the steps: {version.summary}")
-        trained(pupil, recipe, work_dir)
-        if version is not None:
-            taught = calibrated(pupil, torch.float16)
-            log(f"with training of the steps: {taught.summary}")
-            if taught.is_better_than(version):
-                version = taught
+    candidate = calibrate(model, dtype) if processes.is_main else None
+    if student is not None:
+        if candidate is not None:
+            log(f"without training of the steps: {candidate.summary}")
+        train(student, recipe, work_dir)
+        if candidate is not None:
+            trained = calibrate(student, torch.float16)
+            log(f"with training of the steps: {trained.summary}")
+            if trained.is_better_than(candidate):
+                candidate = trained
             else:
-                log("the steps gained nothing: the classifier's weights are kept")
-    if version is None:
+                log("`balanced` did not become cheaper: the classifier's weights are kept")
+    if candidate is None:
         return False
-    model = version.model
+    model = candidate.model
     with staged(output, replace=True) as folder:
-        write_network(model, tokenizer.tokenizer, folder, max_tokens, tokenizer.side, version.dtype)
+        write_network(
+            model, tokenizer.tokenizer, folder, max_tokens, tokenizer.side, candidate.dtype
+        )
         manifest = describe(
             folder,
             output,
@@ -215,16 +217,16 @@ def add_budgets(
                 "train_rows": float(len(train_rows)),
                 "calibration_rows": float(len(held_out)),
                 "conversion_difference": conversion.difference or 0.0,
-                "steps_trained": float(model is pupil),
+                "steps_trained": float(model is student),
             },
-            ranges=version.ranges,
+            ranges=candidate.ranges,
             provenance=Provenance(
                 starting_weights=model_name(classifier),
                 starting_weights_license="as stated with those weights",
                 data=recipe.data_name or texts.name,
                 data_terms=recipe.data_terms,
             ),
-            **version.calibration.manifest_fields(),
+            **candidate.calibration.manifest_fields(),
         )
         write_manifest(folder, manifest)
         manifest = add_timing(folder, examples.subset(held_out), core_hour_price, log)
@@ -236,8 +238,8 @@ def add_budgets(
 
 
 @dataclass(frozen=True)
-class _Version:
-    """A network with a policy, before it is written.
+class _Candidate:
+    """A calibrated network that may become the checkpoint.
 
     Attributes:
         model: the network.
@@ -264,7 +266,7 @@ class _Version:
         agreement, cost = self.balanced
         return f"`balanced` agrees on {agreement:.4f} of the texts, at {cost:.1%} of dense"
 
-    def is_better_than(self, other: _Version) -> bool:
+    def is_better_than(self, other: _Candidate) -> bool:
         """Return whether `balanced` costs less here and agrees as often, or as often as it must."""
         (agreement, cost), (least, most) = self.balanced, other.balanced
         return cost < most and agreement >= min(AGREEMENT["balanced"], least)

@@ -87,8 +87,9 @@ class Timing(_Data):
         return self.milliseconds[level] * 1e6 / 3.6e6 * self.threads * self.core_hour_price
 
     def price_text(self, level: str) -> str:
-        """Return that price with three significant digits: it may be far below a cent."""
-        return f"{self.price(level):#.3g}"
+        """Return that price with two decimals, or below 1 with three significant digits."""
+        price = self.price(level)
+        return f"{price:#.3g}" if price < 1 else f"{price:,.2f}"
 
 
 class Manifest(_Data):

@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub: download one, and name the folder of one."""
+"""Download models of the Hugging Face hub, and name their folders."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _OLD_WEIGHTS = ["pytorch_model*.bin"]
 """Weights to download if there are no others. Only tensors are read from them."""
 
 
-def is_hub_id(source: str) -> bool:
+def _is_hub_id(source: str) -> bool:
     """Return whether a source is the id of a model on the hub, and no file or folder here."""
     return not Path(source).exists() and _ID.fullmatch(source) is not None
 
@@ -27,7 +27,7 @@ def model_folder(source: str) -> Path:
     Raises:
         CheckpointError: the hub does not have the model, or cannot be reached.
     """
-    if not is_hub_id(source):
+    if not _is_hub_id(source):
         return Path(source)
     try:
         folder = Path(snapshot_download(source, allow_patterns=_FILES))

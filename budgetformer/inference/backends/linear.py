@@ -126,15 +126,22 @@ def padded_rows(rows: int) -> int:
     return (rows // grain + 1) * grain
 
 
+def _capabilities() -> dict[str, Any]:
+    """Return the instruction sets of the processor that torch reports.
+
+    torch before 2.11 may lack the function; int8 and training in float32 are chosen then.
+    """
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return capabilities
+
+
 def has_amx() -> bool:
     """Return whether the processor has AMX tiles for bfloat16.
 
     oneDNN supports bfloat16 on other processors too, but a pass is slower there than in float32
     (1.7 times as long with AVX-512's bfloat16 instructions).
     """
-    # torch before 2.11 may lack the function; int8 is chosen then.
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("amx_bf16"))
+    return bool(_capabilities().get("amx_bf16"))
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
@@ -145,8 +152,7 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     """
     if device.type != "cpu":
         return can_multiply_bfloat16(device)
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return bool(_capabilities().get("avx512_bf16")) or has_amx()
 
 
 def can_multiply_bfloat16(device: torch.device) -> bool:

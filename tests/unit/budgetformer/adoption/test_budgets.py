@@ -116,7 +116,7 @@ def test_labels_only_add_the_accuracy(folder: Path, made: Checkpoint, tmp_path: 
 def test_effort_hours_brings_every_step_closer_to_the_classifier(
     folder: Path, made: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(budgets._Version, "is_better_than", lambda *_: True)
+    monkeypatch.setattr(budgets._Candidate, "is_better_than", lambda *_: True)
     taught, _ = adopt(
         folder,
         tmp_path,
@@ -138,6 +138,16 @@ def test_effort_hours_brings_every_step_closer_to_the_classifier(
 
     assert taught.manifest.metrics["steps_trained"] == 1
     assert distance(taught) < 0.9 * distance(made)
+
+
+@pytest.mark.parametrize(
+    ("hourly", "text"), [(0.0, "0.00"), (0.0365, "0.00730"), (0.5, "0.100"), (617, "123.40")]
+)
+def test_a_price_has_enough_digits(made: Checkpoint, hourly: float, text: str) -> None:
+    timing = made.manifest.timing
+    assert timing is not None
+    changes = {"milliseconds": {"fast": 0.72}, "threads": 1, "core_hour_price": hourly}
+    assert timing.model_copy(update=changes).price_text("fast") == text
 
 
 @pytest.mark.parametrize("epochs", [1, 30])
@@ -172,18 +182,18 @@ def test_trained_steps_are_kept_only_if_they_make_balanced_cheaper(
         (0.999, 0.4, False),
     ],
 )
-def test_a_version_is_better_if_it_agrees_as_often_as_it_must_at_a_lower_cost(
+def test_a_candidate_is_better_if_it_agrees_as_often_as_it_must_at_a_lower_cost(
     made: Checkpoint, agreement: float, cost: float, better: bool
 ) -> None:
-    def version(agreement: float, cost: float) -> budgets._Version:
+    def candidate(agreement: float, cost: float) -> budgets._Candidate:
         policy = made.manifest.policy
         assert policy is not None
         changed = {"agreement": agreement, "macs_share": cost}
         levels = tuple(level.model_copy(update=changed) for level in policy.levels)
         calibration = CalibrationResult([], [], policy.model_copy(update={"levels": levels}))
-        return budgets._Version(new_network(), torch.float32, (), calibration)
+        return budgets._Candidate(new_network(), torch.float32, (), calibration)
 
-    assert version(agreement, cost).is_better_than(version(0.995, 0.3)) == better
+    assert candidate(agreement, cost).is_better_than(candidate(0.995, 0.3)) == better
 
 
 @pytest.mark.parametrize(
