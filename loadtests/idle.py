@@ -1,10 +1,10 @@
 """Measure an idle server: start-up time, processor time and memory.
 
-    python loadtests/idle.py [--models ag_news imdb] [--against OTHER_CHECKOUT]
+    python loadtests/idle.py [--models ag_news imdb] [--before OTHER_CHECKOUT]
 
 Prints the seconds until the server is ready, the share of a core that all its processes use while
 idle, and their memory: with shared pages counted once, idle and after eight seconds of load, and
-with shared pages counted in each process (resident). `--against` measures the server of another
+with shared pages counted in each process (resident). `--before` measures the server of another
 checkout too.
 """
 
@@ -52,7 +52,7 @@ def row(name: str, server: Server, seconds: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=["ag_news", "imdb"])
-    parser.add_argument("--against", type=Path, help="another checkout to measure too")
+    parser.add_argument("--before", type=Path, help="another checkout to measure too")
     parser.add_argument("--engines", type=int, help="number of engines and cores; default: all")
     parser.add_argument("--seconds", type=float, default=20.0, help="seconds of idle time")
     given = parser.parse_args()
@@ -62,8 +62,8 @@ def main() -> None:
     flags.append(f"--model-store={Path('model_store').absolute()}")
     print(f"| {' | '.join(HEADS)} |\n|{'---|' * len(HEADS)}")
     print(row("this", ours(cores, *flags), given.seconds), flush=True)
-    if given.against:
-        print(row("other", ours(cores, *flags, folder=given.against), given.seconds))
+    if given.before:
+        print(row("before", ours(cores, *flags, folder=given.before), given.seconds))
 
 
 if __name__ == "__main__":

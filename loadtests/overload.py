@@ -1,6 +1,6 @@
 """Overload a server on a schedule that does not wait for answers (open loop).
 
-    python loadtests/overload.py [--data texts.parquet] [--texts 64 1] [--against OTHER_CHECKOUT]
+    python loadtests/overload.py [--data texts.parquet] [--texts 64 1] [--before OTHER_CHECKOUT]
 
 The server runs on the first cores, this client on the last one; `--url` uses a running server. The
 peak rate is what the server answers in a closed loop at `fast`, the level to which overload lowers
@@ -8,7 +8,7 @@ the quality. The client then sends multiples of this rate. Because machines beco
 slower, the peak is measured again after each multiple, and the answered rate is compared with the
 mean of the peaks before and after it. Latency counts from the time at which a request was due.
 Every request must be answered (200, 429, 503 or 504), and the answered texts per second should stay
-near the peak. `--against` measures the server of another checkout in every round too.
+near the peak. `--before` measures the server of another checkout in every round too.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class Measurement:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--url", help="URL of a running server; default: start one")
-    parser.add_argument("--against", type=Path, help="another checkout to measure too")
+    parser.add_argument("--before", type=Path, help="another checkout to measure too")
     parser.add_argument(
         "--data", type=Path, help="Parquet file with a column `text`; default: synthetic texts"
     )
@@ -156,7 +156,7 @@ def main() -> None:
             servers[given.url] = given.url, lambda: 0.0
         else:
             flags = ("--models=ag_news", f"--model-store={Path('model_store').absolute()}")
-            others = {"other": given.against} if given.against else {}
+            others = {"before": given.before} if given.before else {}
             for name, folder in ({"this": None} | others).items():
                 server = running.enter_context(ours(cores.server, *flags, folder=folder))
                 servers[name] = server.url, server.memory
