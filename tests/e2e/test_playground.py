@@ -17,8 +17,10 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
 
+from budgetformer.adoption.as_is import add_classifier
 from budgetformer.checkpoint.manifest import write_manifest
 from budgetformer.checkpoint.store import read_checkpoint
+from tests.support.classifiers import save_classifier
 from tests.support.processes import Server, server
 from tests.support.programs import program
 from tests.support.stores import CHAINED, HEADS, LAYERS, labelled_sentences, sentences
@@ -304,6 +306,24 @@ def test_a_model_without_calibration_offers_its_steps(
         page.type(TEXT)
         assert page.lit("A") == page.ask(input=TEXT, heads=1)["heads"]["per_layer"]
         assert [len(layer) for layer in page.lit("A")] == [1] * LAYERS
+
+
+def test_a_classifier_served_as_it_is_answers_at_every_stop(
+    browser: Browser, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    store.mkdir()
+    theirs = save_classifier(tmp_path / "theirs", num_hidden_layers=LAYERS)
+    made = add_classifier(theirs, store, lambda _: None)
+    with server(store, tmp_path, engines=1) as own, visiting(browser, own.url) as visit:
+        page = visit()
+        page.type(TEXT)
+        every = [list(range(made.num_heads))] * made.num_layers
+        for key in ("Home", "End"):
+            page.slider("A").press(key)
+            page.settled()
+            assert page.lit("A") == every
+        assert page.shown("A", "quality") == "every head"
 
 
 def test_the_live_strip_shows_the_traffic_of_others(visit: Open) -> None:

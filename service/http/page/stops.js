@@ -38,9 +38,10 @@ export function stopsOf(card) {
   return [...stops, every];
 }
 
-function step(card, heads, name, tick) {
-  const measured = card.frontier.find(at => at.step === heads);
-  const full = heads === card.ladder.length;
+function step(card, index, name, tick) {
+  const measured = card.frontier.find(at => at.step === index);
+  const full = index === card.ladder.length;
+  const heads = index && Math.max(...card.ladder[index - 1]);
   return {
     name, tick, named: true, fields: { heads }, measure: card.measure, share: measured?.macs_share,
     reached: card.measure === "accuracy" ? measured?.accuracy : full ? 1 : null,
