@@ -72,6 +72,8 @@ TYPICAL_BATCH = 8
 """Batch size that is assumed when costs are measured seconds."""
 TIGHTENING, MAX_TRIES = 0.995, 6
 """Factor by which a goal is tightened if unseen texts miss it, and maximum number of tries."""
+SHARES_ABOVE = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
+"""Thresholds tried if unseen texts still miss a value: shares of the way from the last one to 1."""
 
 
 @dataclass(frozen=True)
@@ -473,7 +475,10 @@ class _Calibration:
         return sorted(levels, key=lambda level: level.threshold)
 
     def _thresholds(self, goal: Goal, curves: Sequence[Curve]) -> np.ndarray:
-        """Return each curve's threshold for a goal, tightened until unseen texts reach it too."""
+        """Return each curve's threshold for a goal, higher if unseen texts miss it otherwise.
+
+        If no threshold helps, the tightened goal's are returned.
+        """
         tightened = goal
         for _ in range(MAX_TRIES):
             thresholds = np.array([curve.threshold(tightened) for curve in curves])
@@ -483,7 +488,14 @@ class _Calibration:
             elif goal.value is not None and tightened.value is not None and value < goal.value:
                 tightened = Goal(value=tightened.value + (goal.value - value) / TIGHTENING)
             else:
-                break
+                return thresholds
+        if goal.value is not None:
+            for share in SHARES_ABOVE:
+                higher = [
+                    curve.above(t, share) for curve, t in zip(curves, thresholds, strict=True)
+                ]
+                if self._value_and_cost(curves, np.array(higher))[0] >= goal.value:
+                    return np.array(higher)
         return thresholds
 
     def _value_and_cost(

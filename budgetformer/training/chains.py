@@ -207,6 +207,11 @@ class Curve:
         score = goal.score(self.value, self.cost)
         return float(self.thresholds[np.argmax(score >= score.max() - self.tolerance)])
 
+    def above(self, threshold: float, share: float) -> float:
+        """Return the threshold at a share of the way from this one to the highest, by rank."""
+        rank = np.searchsorted(self.thresholds, threshold)
+        return float(self.thresholds[rank + math.ceil(share * (len(self.thresholds) - 1 - rank))])
+
 
 def search(
     steps: Steps,
