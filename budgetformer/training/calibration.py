@@ -491,11 +491,10 @@ class _Calibration:
                 return thresholds
         if goal.value is not None:
             for share in SHARES_ABOVE:
-                higher = [
-                    curve.above(t, share) for curve, t in zip(curves, thresholds, strict=True)
-                ]
-                if self._value_and_cost(curves, np.array(higher))[0] >= goal.value:
-                    return np.array(higher)
+                pairs = zip(curves, thresholds, strict=True)
+                higher = np.array([curve.above(threshold, share) for curve, threshold in pairs])
+                if self._value_and_cost(curves, higher)[0] >= goal.value:
+                    return higher
         return thresholds
 
     def _value_and_cost(
