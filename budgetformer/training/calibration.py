@@ -3,9 +3,9 @@
 Every held-out text is run once at every ladder step; any rule can then be evaluated by look-up. The
 accuracy of a level is cross-fitted: the texts are split into folds, and for each fold the fusion
 weights, f_o's bands and the thresholds come from the other folds. The shipped policy is chosen in
-the same way on all texts. The chain, one of a few dozen, is chosen once, on all texts; and again
-among chains with larger last steps, if a level misses its agreement on unseen texts. The cost of a
-level depends on no label, and hardly on the texts on which the rule was chosen, so it is measured
+the same way on all texts. The chain, one of a few dozen, is chosen once, on all texts. If a level
+misses its agreement on unseen texts, the best chain with each last step is tried too. The cost of
+a level depends on no label, and hardly on the texts on which the rule was chosen, so it is measured
 with the shipped rule.
 """
 
@@ -365,20 +365,34 @@ class _Calibration:
             self.unseen.append(self._subset(unseen, weights))
         options, goals = chains(self.config), [*searched, Goal()]
         policy = self._policy(options, goals, named)
-        missed = [
-            goal.value
-            for name, goal in named.items()
-            if goal.value is not None and policy.level(name).reached("agreement")[0] < goal.value
-        ]
-        if missed and (able := self._ending_above(max(missed), options)):
-            policy = self._policy(able, goals, named)
+        if _shortfall(policy, named):
+            by_last = [
+                [option for option in options if option[-1] == last]
+                for last in self._steps_reaching(max(goal.value or 0 for goal in named.values()))
+            ]
+            others = [self._policy(ending, goals, named, careful=True) for ending in by_last]
+            policy = min(
+                [policy, *others], key=lambda one: (_shortfall(one, named), _spent(one, named))
+            )
         fixed = self.all_texts.table.fixed_steps(self.all_texts.right, self.measure)
         return CalibrationResult(fusion, fixed, policy)
 
+    def _steps_reaching(self, value: float) -> list[int]:
+        """Return the steps that reach a mean value on unseen texts if all texts run them."""
+        reached = sum(fold.right.sum(1) for fold in self.unseen) / self.count
+        return [int(step) for step in np.flatnonzero(reached >= value)]
+
     def _policy(
-        self, options: Sequence[Chain], goals: Sequence[Goal], named: dict[str, Goal]
+        self,
+        options: Sequence[Chain],
+        goals: Sequence[Goal],
+        named: dict[str, Goal],
+        careful: bool = False,
     ) -> Policy:
-        """Return the policy with the best of some chains."""
+        """Return the policy with the best of some chains.
+
+        `careful` raises the thresholds of values until unseen texts reach them.
+        """
         shipped = self._choose(self.all_texts, options, goals)
         route = shipped.route
         curves = [shipped] + [
@@ -389,17 +403,8 @@ class _Calibration:
             chain=route.chain,
             entry=route.entry,
             exit_margin=route.exit_margin,
-            levels=tuple(self._levels(curves, named)),
+            levels=tuple(self._levels(curves, named, careful)),
         )
-
-    def _ending_above(self, value: float, options: Sequence[Chain]) -> list[Chain]:
-        """Return the chains whose last step alone reaches a mean value on unseen texts.
-
-        The search sees only the texts on which it fits the rules, so a chain that just reaches a
-        goal there may miss it on others at any threshold. These chains can reach it.
-        """
-        of_steps = sum(fold.right.sum(1) for fold in self.unseen) / self.count
-        return [option for option in options if of_steps[option[-1]] >= value]
 
     def _fuse(self, rows: np.ndarray, start: list[StepFusion] | None = None) -> list[StepFusion]:
         kind, has_step_0 = self.config.problem_type, self.config.embedding_exit
@@ -454,12 +459,16 @@ class _Calibration:
         tolerance = 0.1 * math.sqrt(full * (1 - full) / len(subset.rows))
         return Curve.of(route, subset.steps, tolerance)
 
-    def _levels(self, curves: Sequence[Curve], named: dict[str, Goal]) -> list[Level]:
+    def _levels(
+        self, curves: Sequence[Curve], named: dict[str, Goal], careful: bool
+    ) -> list[Level]:
         """Return the levels by rising threshold; `curves` are the shipped one, then the folds'."""
         levels: list[Level] = []
         previous = np.zeros(len(curves))
         for name in QUALITY_NAMES:
-            thresholds = np.maximum(previous, self._thresholds(named.get(name, Goal()), curves))
+            thresholds = np.maximum(
+                previous, self._thresholds(named.get(name, Goal()), curves, careful)
+            )
             # Levels with the same shipped threshold must have the same rule and figures.
             if thresholds[0] > previous[0]:
                 previous = thresholds
@@ -474,10 +483,10 @@ class _Calibration:
                 levels.append(self._level(None, curves, thresholds))
         return sorted(levels, key=lambda level: level.threshold)
 
-    def _thresholds(self, goal: Goal, curves: Sequence[Curve]) -> np.ndarray:
-        """Return each curve's threshold for a goal, higher if unseen texts miss it otherwise.
+    def _thresholds(self, goal: Goal, curves: Sequence[Curve], careful: bool) -> np.ndarray:
+        """Return each curve's threshold for a goal, tightened until unseen texts reach it too.
 
-        If no threshold helps, the tightened goal's are returned.
+        If no tightening suffices, `careful` raises the thresholds for a value further.
         """
         tightened = goal
         for _ in range(MAX_TRIES):
@@ -489,7 +498,7 @@ class _Calibration:
                 tightened = Goal(value=tightened.value + (goal.value - value) / TIGHTENING)
             else:
                 return thresholds
-        if goal.value is not None:
+        if careful and goal.value is not None:
             for share in SHARES_ABOVE:
                 pairs = zip(curves, thresholds, strict=True)
                 higher = np.array([curve.above(threshold, share) for curve, threshold in pairs])
@@ -546,6 +555,20 @@ class _Calibration:
             budgets={int(k): float(ends[k] / self.count) for k in np.flatnonzero(ends)},
             runs={int(k): float(runs[k] / self.count) for k in np.flatnonzero(runs) if k},
         )
+
+
+def _shortfall(policy: Policy, named: dict[str, Goal]) -> float:
+    """Return by how much the levels of a policy miss the values of their goals, in all."""
+    return sum(
+        max(goal.value - policy.level(name).reached(policy.measure)[0], 0.0)
+        for name, goal in named.items()
+        if goal.value is not None
+    )
+
+
+def _spent(policy: Policy, named: dict[str, Goal]) -> float:
+    """Return the sum of the costs of the levels with goals, as shares of the dense network's."""
+    return sum(policy.level(name).macs_share for name in named)
 
 
 def answer_all(
