@@ -366,11 +366,9 @@ class _Calibration:
         options, goals = chains(self.config), [*searched, Goal()]
         policy = self._policy(options, goals, named)
         if _shortfall(policy, named):
-            by_last = [
-                [option for option in options if option[-1] == last]
-                for last in self._steps_reaching(max(goal.value or 0 for goal in named.values()))
-            ]
-            others = [self._policy(ending, goals, named, careful=True) for ending in by_last]
+            last_steps = self._steps_reaching(max(goal.value or 0 for goal in named.values()))
+            by_last = [[option for option in options if option[-1] == last] for last in last_steps]
+            others = [self._policy(some, goals, named, careful=True) for some in by_last if some]
             policy = min(
                 [policy, *others], key=lambda one: (_shortfall(one, named), _spent(one, named))
             )

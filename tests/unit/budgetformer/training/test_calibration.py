@@ -212,3 +212,9 @@ class TestAgreement:
         assert level.agreement is not None
         assert level.agreement >= calibration.AGREEMENT["balanced"]
         assert level.macs_share < 1
+
+    def test_steps_with_the_same_heads_end_no_chain_of_their_own(self) -> None:
+        config = network()
+        config.ladder = [*config.ladder[:-2], config.ladder[-1], config.ladder[-1]]
+        runs = with_a_nearly_agreeing_step(300, 6)
+        assert policy_of(calibrate(config, runs, None, LEVEL_COSTS)).chain[-1] != 8
