@@ -73,7 +73,7 @@ TYPICAL_BATCH = 8
 TIGHTENING, MAX_TRIES = 0.995, 6
 """Factor by which a goal is tightened if unseen texts miss it, and maximum number of tries."""
 SHARES_ABOVE = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
-"""Thresholds tried if unseen texts still miss a value: shares of the way from the last one to 1."""
+"""Shares of the way to the highest threshold: tried if unseen texts still miss a value."""
 
 
 @dataclass(frozen=True)
@@ -368,7 +368,7 @@ class _Calibration:
         if _shortfall(policy, named):
             last_steps = self._steps_reaching(max(goal.value or 0 for goal in named.values()))
             by_last = [[option for option in options if option[-1] == last] for last in last_steps]
-            others = [self._policy(some, goals, named, careful=True) for some in by_last if some]
+            others = [self._policy(ends, goals, named, careful=True) for ends in by_last if ends]
             policy = min(
                 [policy, *others], key=lambda one: (_shortfall(one, named), _spent(one, named))
             )
@@ -389,7 +389,7 @@ class _Calibration:
     ) -> Policy:
         """Return the policy with the best of some chains.
 
-        `careful` raises the thresholds of values until unseen texts reach them.
+        `careful` raises thresholds further if tightened goals do not suffice; see `_thresholds`.
         """
         shipped = self._choose(self.all_texts, options, goals)
         route = shipped.route
@@ -484,7 +484,7 @@ class _Calibration:
     def _thresholds(self, goal: Goal, curves: Sequence[Curve], careful: bool) -> np.ndarray:
         """Return each curve's threshold for a goal, tightened until unseen texts reach it too.
 
-        If no tightening suffices, `careful` raises the thresholds for a value further.
+        If no tightened goal suffices, `careful` tries higher thresholds (`SHARES_ABOVE`).
         """
         tightened = goal
         for _ in range(MAX_TRIES):
@@ -556,7 +556,7 @@ class _Calibration:
 
 
 def _shortfall(policy: Policy, named: dict[str, Goal]) -> float:
-    """Return by how much the levels of a policy miss the values of their goals, in all."""
+    """Return the sum of the amounts by which levels miss the minimum values of their goals."""
     return sum(
         max(goal.value - policy.level(name).reached(policy.measure)[0], 0.0)
         for name, goal in named.items()
@@ -565,7 +565,7 @@ def _shortfall(policy: Policy, named: dict[str, Goal]) -> float:
 
 
 def _spent(policy: Policy, named: dict[str, Goal]) -> float:
-    """Return the sum of the costs of the levels with goals, as shares of the dense network's."""
+    """Return the sum of the multiply-adds of levels with goals, as shares of dense."""
     return sum(policy.level(name).macs_share for name in named)
 
 

@@ -208,7 +208,7 @@ class Curve:
         return float(self.thresholds[np.argmax(score >= score.max() - self.tolerance)])
 
     def above(self, threshold: float, share: float) -> float:
-        """Return the threshold at a share of the way from this one to the highest, by rank."""
+        """Return the threshold at this share of the ranks between `threshold` and the highest."""
         rank = np.searchsorted(self.thresholds, threshold)
         return float(self.thresholds[rank + math.ceil(share * (len(self.thresholds) - 1 - rank))])
 
