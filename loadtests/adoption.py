@@ -2,8 +2,9 @@
 
 `python -m loadtests.adoption my_classifier/ --texts log.jsonl --budgets model_store/mine/2`
 compares Transformers' pipeline and ONNX Runtime int8 with this project, which serves the classifier
-unchanged and with budgets. All answer the same texts in batches of 32, in turns, with the same
-number of threads. Agreement is with the pipeline's labels.
+unchanged (in float32, and in the precision that a server chooses here: bfloat16 with AMX, otherwise
+int8) and with budgets. All answer the same texts in batches of 32, in turns, with the same number
+of threads. Agreement is with the pipeline's labels.
 """
 
 from __future__ import annotations
@@ -143,11 +144,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         plain = add_classifier(given.folder, store, lambda _: None)
         calibrated = add_classifier(given.folder, store, lambda _: None, texts=given.texts)
         max_tokens = plain.manifest.max_tokens
+        as_served = Classifier(calibrated.path).network.precision
         classifiers = {
             "Transformers' pipeline, float32": of_pipeline(given.folder, max_tokens),
             "ONNX Runtime, int8": of_onnx(given.folder, Path(scratch), max_tokens, given.threads),
             "unchanged, float32": of_checkpoint(plain.path, None, "float32"),
-            "unchanged, int8": of_checkpoint(calibrated.path, None),
+            f"unchanged, {as_served}": of_checkpoint(calibrated.path, None),
         }
         for path in given.budgets:
             for level in ("best", "balanced", "fast"):

@@ -1,7 +1,8 @@
 """Train the baselines of reports: dense networks of several sizes, and early exits.
 
 `python -m budgetformer.experiments.baselines --data FOLDER --start ENCODER --recipe RECIPE --out
-FOLDER` trains them with the data and the recipe of a checkpoint.
+FOLDER` trains them with the data and the recipe of a checkpoint, in bfloat16 where the device has
+instructions for it.
 
 The dense network is the starting encoder, fine-tuned for as many epochs as the checkpoint. An early
 exit is a linear classifier on the mean token state after a layer, fitted on the training texts with
@@ -271,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    recipe = replace(Recipe.read(options.recipe), embedding_exit=False)
+    recipe = replace(Recipe.read(options.recipe), embedding_exit=False, precision="auto")
     work_dir = options.out.parent / f".{options.out.name}.work"
     try:
         processes, device = join_processes(find_device(options.device))
