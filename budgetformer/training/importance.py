@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from budgetformer.model.budget import HeadScorer
 from budgetformer.model.layer import EncoderLayer
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification
+
+PASS_TOKENS = 2048
+"""Most padded tokens in one pass over several texts, which bounds the memory of a measurement."""
 
 
 class _UnitImportance:
@@ -63,10 +66,10 @@ def order_by_importance(
         meters.append((layer, heads, _UnitImportance(layer.feed_forward.down, 1)))
     training = model.training
     model.eval()
-    for batch in batches:
+    for part in _parts(batches):
         model.zero_grad()
-        loss = model(**batch, steps=model.config.num_steps).loss
-        loss.backward()
+        mean_loss = model(**part, steps=model.config.num_steps).loss
+        (mean_loss * len(part["labels"])).backward()
         for _, head_meter, neuron_meter in meters:
             head_meter.collect()
             neuron_meter.collect()
@@ -88,6 +91,15 @@ def order_by_importance(
         rows = (order[:, None] * size + torch.arange(size)).flatten()
         _permute(layer, rows, neuron_order)
     return torch.stack(importance)
+
+
+def _parts(batches: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """Split batches into parts of at most `PASS_TOKENS` padded tokens, or of one text."""
+    for batch in batches:
+        texts, tokens = batch["input_ids"].shape
+        size = max(1, PASS_TOKENS // tokens)
+        for start in range(0, texts, size):
+            yield {name: values[start : start + size] for name, values in batch.items()}
 
 
 def ladder_by_importance(importance: Tensor) -> list[list[int]]:

@@ -26,6 +26,7 @@ from budgetformer.families.conversion import convert_encoder
 from budgetformer.model.architecture import MULTI_LABEL
 from budgetformer.model.embeddings import masked_mean
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification
+from budgetformer.training import importance
 from budgetformer.training.importance import ladder_by_importance, order_by_importance
 from tests.support.networks import (
     VOCABULARY,
@@ -316,6 +317,19 @@ class TestImportance:
         order_by_importance(network, [labelled()])
         with torch.no_grad():
             assert_close(network(**BATCH, steps=1).logits, full)
+
+    def test_long_batches_are_measured_in_parts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        networks = [random_network(small_config()) for _ in range(2)]
+        whole = order_by_importance(networks[0], [labelled()])
+        texts, tokens = BATCH["input_ids"].shape
+        monkeypatch.setattr(importance, "PASS_TOKENS", 2 * tokens)
+        sizes: list[int] = []
+        networks[1].register_forward_pre_hook(
+            lambda _, __, given: sizes.append(len(given["input_ids"])), with_kwargs=True
+        )
+        in_parts = order_by_importance(networks[1], [labelled()])
+        assert sizes == [2] * (texts // 2) + [1] * (texts % 2)
+        torch.testing.assert_close(in_parts, whole)
 
     @pytest.mark.parametrize("training", [True, False])
     def test_ordering_keeps_the_mode_and_leaves_no_gradient(self, training: bool) -> None:
