@@ -24,7 +24,7 @@ import httpx
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-from budgetformer.adoption.as_is import add_classifier
+from budgetformer.adoption.adding import add_classifier
 from budgetformer.bench.dense_twin import export_onnx, onnx_session
 from budgetformer.classifier import Classifier
 from budgetformer.cost.processor import processor_name

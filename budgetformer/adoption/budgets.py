@@ -20,7 +20,6 @@ from budgetformer.checkpoint.staging import check_replaceable, staged
 from budgetformer.checkpoint.writing import describe, smallest_dtype, write_network
 from budgetformer.errors import DataError
 from budgetformer.families.conversion import convert_classifier, read_classifier
-from budgetformer.families.hub import model_name
 from budgetformer.families.tokenizer import check_tokenizer, read_tokenizer
 from budgetformer.inference.packed import PackedPass, PackedTokens
 from budgetformer.inference.precision_choice import load_pass
@@ -28,6 +27,7 @@ from budgetformer.inference.ranges import LayerRanges
 from budgetformer.model.architecture import MULTI_LABEL
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification
 from budgetformer.model.tfidf import table_columns
+from budgetformer.model_folder import model_name
 from budgetformer.training.calibration import (
     AGREEMENT,
     CalibrationResult,

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from budgetformer.errors import CheckpointError
 from budgetformer.families.family import Weights
-from budgetformer.families.source import Source, describe_headless, read_encoder
+from budgetformer.families.source import Source, read_encoder
 from budgetformer.model.configuration import BudgetFormerConfig
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification
+from budgetformer.model_folder import describe_headless
 
 TOLERANCE = 1e-4
 """Largest accepted difference between a converted network and its source, relative to the largest

@@ -22,6 +22,7 @@ from budgetformer.families import FAMILIES
 from budgetformer.families.family import Family, Weights
 from budgetformer.model.architecture import MULTI_LABEL
 from budgetformer.model.modeling import silence_transformers
+from budgetformer.model_folder import describe_headless
 
 _ONLY: dict[str, Any] = {
     "position_embedding_type": "absolute",
@@ -32,13 +33,6 @@ _ONLY: dict[str, Any] = {
     "pruned_heads": {},
 }
 """Keys of `config.json` that change an encoder's function, with the only supported value."""
-
-_OTHER_KINDS = {
-    "config_setfit.json": "a SetFit model, whose head is pickled code, which is never run",
-    "model_head.pkl": "a model whose head is pickled code (model_head.pkl), which is never run",
-    "modules.json": "a sentence-transformers model, which has no Transformers head",
-}
-"""Marker files of models whose head Transformers cannot load, with a description."""
 
 _NO_FUNCTION = {
     *("_name_or_path", "_num_labels", "architectures", "dtype", "finetuning_task", "torch_dtype"),
@@ -167,21 +161,6 @@ def read_encoder(folder: Path) -> Source:
     _check_finite(source)
     _check_outputs(source)
     return source
-
-
-def is_source(folder: Path) -> bool:
-    """Return whether a folder has a model, even one that cannot be converted."""
-    names = ("config.json", "adapter_config.json", *_OTHER_KINDS)
-    return any((folder / name).exists() for name in names)
-
-
-def describe_headless(folder: Path) -> str | None:
-    """Return a description of a model whose head Transformers cannot load, with advice, or None."""
-    kind = next((kind for name, kind in _OTHER_KINDS.items() if (folder / name).exists()), None)
-    return kind and (
-        f"{kind}; train a head on its encoder (`budgetformer import` on the folder with the "
-        "encoder's config.json, with --data)"
-    )
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -27,7 +27,6 @@ from budgetformer.checkpoint.writing import describe, write_network
 from budgetformer.cost.table import CostTable
 from budgetformer.errors import DataError, TrainingError
 from budgetformer.families.conversion import MIN_POSITIONS, Conversion, convert_encoder
-from budgetformer.families.hub import model_folder, model_name
 from budgetformer.families.tokenizer import check_tokenizer, read_tokenizer
 from budgetformer.inference.packed import PackedPass
 from budgetformer.inference.policy import BudgetRule
@@ -39,6 +38,7 @@ from budgetformer.model.budget import BudgetController
 from budgetformer.model.configuration import BudgetFormerConfig
 from budgetformer.model.modeling import BudgetFormerForSequenceClassification
 from budgetformer.model.tfidf import evidence, table_columns
+from budgetformer.model_folder import model_folder, model_name
 from budgetformer.tables import find_table, open_table
 from budgetformer.training.calibration import (
     AnswerTable,

@@ -122,7 +122,7 @@ def add_model(
     model_store: StoreOption = Path("model_store"),
 ) -> None:
     """Add a checkpoint or a classifier to a store, completely and verified, or not at all."""
-    from budgetformer.adoption.as_is import add_classifier, find_classifier
+    from budgetformer.adoption.adding import add_classifier, find_classifier
     from budgetformer.checkpoint.install import install
 
     folder = find_classifier(source)

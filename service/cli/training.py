@@ -138,7 +138,7 @@ def import_encoder(
         return
     assert texts is not None
     from budgetformer.adoption.budgets import add_budgets
-    from budgetformer.families.hub import model_folder
+    from budgetformer.model_folder import model_folder
     from budgetformer.training.recipe import Recipe
 
     wrote = add_budgets(

@@ -17,7 +17,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
 
-from budgetformer.adoption.as_is import add_classifier
+from budgetformer.adoption.adding import add_classifier
 from budgetformer.checkpoint.manifest import write_manifest
 from budgetformer.checkpoint.store import read_checkpoint
 from tests.support.classifiers import save_classifier

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,10 @@ from transformers import (
     pipeline,
 )
 
-from budgetformer.adoption.as_is import add_classifier, find_classifier
+from budgetformer.adoption.adding import add_classifier, find_classifier
 from budgetformer.checkpoint.store import Checkpoint, read_checkpoint
 from budgetformer.classifier import Classifier
-from budgetformer.errors import CheckpointError
+from budgetformer.errors import CheckpointError, DataError
 from budgetformer.model.modeling import silence_transformers
 from tests.support.classifiers import (
     CONFIGS,
@@ -140,12 +142,52 @@ def test_the_same_classifier_is_added_once(tmp_path: Path) -> None:
     assert adopt(folder, name="other").label == "other:1"
 
 
+def test_a_classifier_that_the_store_has_is_found_without_torch(tmp_path: Path) -> None:
+    folder = save_classifier(tmp_path / "made")
+    adopt(folder)
+    code = f"""
+import sys
+from pathlib import Path
+from budgetformer.adoption.adding import add_classifier, find_classifier
+
+folder = find_classifier({str(folder)!r})
+print(add_classifier(folder, Path({str(tmp_path / "store")!r}), lambda _: None).label)
+print({{"torch", "transformers"}} & sys.modules.keys())
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "made:1\nset()\n"
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "tokenizer.json"])
+def test_a_classifier_with_another_file_is_added_again(tmp_path: Path, file: str) -> None:
+    folder = save_classifier(tmp_path / "made")
+    adopt(folder)
+    (folder / "README.md").write_text("Not read.")
+    assert adopt(folder).label == "made:1"
+    (folder / file).write_text((folder / file).read_text() + "\n")
+    assert adopt(folder).label == "made:2"
+
+
+def test_a_checkpoint_of_another_release_is_not_reused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_classifier(tmp_path / "made")
+    adopt(folder)
+    monkeypatch.setattr("budgetformer.adoption.adding.__version__", "9.9.9")
+    assert adopt(folder).label == "made:2"
+
+
 def test_sample_texts_calibrate_the_int8_ranges(tmp_path: Path) -> None:
     folder = save_classifier(tmp_path / "made")
     texts = write_jsonl(tmp_path / "sample.jsonl", ({"text": text} for text in TEXTS))
     checkpoint = adopt(folder, texts=texts)
     assert len(checkpoint.manifest.ranges) == SMALL["num_hidden_layers"]
     assert adopt(folder, texts=texts).path == checkpoint.path
+    assert adopt(folder).path == checkpoint.path
+    others = write_jsonl(tmp_path / "others.jsonl", ({"text": text} for text in TEXTS[::2]))
+    assert adopt(folder, texts=others).version == 2
+    with pytest.raises(DataError, match="no.jsonl: No such file"):
+        adopt(folder, texts=tmp_path / "no.jsonl")
 
 
 class TestTokenizers:

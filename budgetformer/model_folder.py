@@ -1,11 +1,12 @@
-"""Download models of the Hugging Face hub, and name their folders."""
+"""The folders of models that Transformers saved: recognise, download and name them.
+
+Nothing here loads torch or Transformers, which takes seconds.
+"""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-
-from huggingface_hub import snapshot_download
 
 from budgetformer.errors import CheckpointError, one_line
 
@@ -14,6 +15,34 @@ _FILES = ["*.json", "*.txt", "*.model", "model*.safetensors"]
 """Files to download, without code."""
 _OLD_WEIGHTS = ["pytorch_model*.bin"]
 """Weights to download if there are no others. Only tensors are read from them."""
+
+_OTHER_KINDS = {
+    "config_setfit.json": "a SetFit model, whose head is pickled code, which is never run",
+    "model_head.pkl": "a model whose head is pickled code (model_head.pkl), which is never run",
+    "modules.json": "a sentence-transformers model, which has no Transformers head",
+}
+"""Marker files of models whose head Transformers cannot load, with a description."""
+
+
+def is_model(folder: Path) -> bool:
+    """Return whether a folder has a model, even one that cannot be converted."""
+    names = ("config.json", "adapter_config.json", *_OTHER_KINDS)
+    return any((folder / name).exists() for name in names)
+
+
+def files_of(folder: Path) -> list[Path]:
+    """Return the configuration, tokenizer and weights of a model, sorted by name."""
+    patterns = _FILES + _OLD_WEIGHTS
+    return sorted({path for pattern in patterns for path in folder.glob(pattern)})
+
+
+def describe_headless(folder: Path) -> str | None:
+    """Return a description of a model whose head Transformers cannot load, with advice, or None."""
+    kind = next((kind for name, kind in _OTHER_KINDS.items() if (folder / name).exists()), None)
+    return kind and (
+        f"{kind}; train a head on its encoder (`budgetformer import` on the folder with the "
+        "encoder's config.json, with --data)"
+    )
 
 
 def _is_hub_id(source: str) -> bool:
@@ -29,6 +58,8 @@ def model_folder(source: str) -> Path:
     """
     if not _is_hub_id(source):
         return Path(source)
+    from huggingface_hub import snapshot_download
+
     try:
         folder = Path(snapshot_download(source, allow_patterns=_FILES))
         if not any(folder.glob("*.safetensors")):
