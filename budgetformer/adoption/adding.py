@@ -62,7 +62,7 @@ def add_classifier(
 
     Raises:
         CheckpointError: the folder cannot be converted, or the version exists.
-        DataError: the texts cannot be read.
+        DataError: the texts, or a file of the classifier, cannot be read.
     """
     name = name or Path(model_name(folder)).name
     if not re.match(NAME, name):
