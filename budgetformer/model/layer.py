@@ -188,17 +188,14 @@ def _weighted_values(
 ) -> Tensor:
     """Return the values, weighted by the softmax of the products of queries and keys.
 
-    Where gradients are needed, a CPU computes bfloat16 values in float32: the gradients of products
-    as small as those of a head take 2 to 7 times as long in bfloat16.
+    In training, a CPU computes attention in float32 even if its inputs are in bfloat16: products as
+    small as those of a head have gradients that take 2 to 7 times as long in bfloat16.
     """
     dtype, device = query.dtype, query.device.type
     if dtype == torch.bfloat16 and device == "cpu" and torch.is_grad_enabled():
         with torch.autocast(device, enabled=False):
-            query, key, value = query.float(), key.float(), value.float()
-            bias = None if bias is None else bias.float()
-            return F.scaled_dot_product_attention(
-                query, key, value, attn_mask=bias, dropout_p=dropout, scale=scale
-            ).to(dtype)
+            parts = query.float(), key.float(), value.float()
+            return _weighted_values(*parts, bias, dropout, scale).to(dtype)
     bias = None if bias is None else bias.to(dtype)
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=bias, dropout_p=dropout, scale=scale
