@@ -26,8 +26,8 @@ STEP_CHARACTERS = 2**16
 """Maximum characters per step, about 0.1 s of work; a text that cannot be split is one step."""
 _CHARACTERS_PER_TOKEN = 6
 """Above the average of texts, so that the first part of a text usually suffices."""
-_FEW_CHARACTERS_PER_TOKEN = 2
-"""Below the average of texts, so that shorter texts hardly ever need truncation."""
+_FEW_CHARACTERS_PER_TOKEN = 3
+"""Below the average of most languages, so that shorter texts seldom need truncation."""
 _BEFORE_SPACE = re.compile(r"(?<=\S) (?=\S)")
 _BEFORE_SPACE_OR_IDEOGRAPH = re.compile(
     rf"{_BEFORE_SPACE.pattern}|(?<=[\u4e00-\u9fff])(?=[\u4e00-\u9fff])"

@@ -57,7 +57,7 @@ class Answered:
         """The checkpoint that answered."""
         return self.model.checkpoint
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """Number of tokens of all texts."""
         return int(self.lengths.sum())

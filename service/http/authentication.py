@@ -10,7 +10,7 @@ from fastapi.security.base import SecurityBase as SecurityDependency
 
 from service.http.errors import ApiError
 from service.http.state import state_of
-from service.keys import Caller, Scope
+from service.keys import Caller, KeyRing, Scope
 
 _TEXT = "A key; `budgetformer keys new` makes one."
 HEADER = "X-API-Key"
@@ -30,11 +30,12 @@ class _Needs(SecurityDependency):
         self._scope = scope
 
     async def __call__(self, request: Request) -> None:
+        state = state_of(request)
         request.state.scope = self._scope
-        caller = _caller(request, _key_of(request), self._scope)
+        caller = _caller(request, state.keys, _key_of(request), self._scope)
         request.state.caller = caller
         # `Observe` releases the request.
-        state_of(request).admission.request(caller, request.scope["state"])
+        state.admission.request(caller, request.scope["state"])
 
 
 def needs(scope: Scope) -> Any:
@@ -63,8 +64,7 @@ def _key_of(request: Request) -> str | None:
     return request.headers.get(HEADER)
 
 
-def _caller(request: Request, given: str | None, scope: Scope) -> Caller:
-    keys = state_of(request).keys
+def _caller(request: Request, keys: KeyRing, given: str | None, scope: Scope) -> Caller:
     caller = keys.find(given.encode("latin-1", "replace") if given else None)
     if caller is not None and keys.opens(caller, scope):
         return caller

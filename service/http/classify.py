@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -44,7 +44,7 @@ from service.ipc.engine_client import (
     Submission,
 )
 from service.pipeline.answer_cache import AnsweredTexts, Lookup
-from service.pipeline.answering import count_answers
+from service.pipeline.answering import Waiting, count_answers
 from service.pipeline.served_models import ServedModel
 from service.pipeline.shadow import AnsweredRequest, SkippedError
 from service.settings import DEFAULT_QUALITY
@@ -132,8 +132,7 @@ async def respond(
     name, caller = model.checkpoint.name, request.state.caller
     seconds = _seconds(state, body, name)
     with model.in_use(), state.admission.texts(caller, name, len(texts), size, seconds):
-        async with while_client_waits(request):
-            return await _respond(request, state, body, texts, model, started + seconds, write)
+        return await _respond(request, state, body, texts, model, started + seconds, write)
 
 
 async def _respond(
@@ -148,11 +147,14 @@ async def _respond(
     started = time.monotonic()
     quality = _quality(state, body, model)
     lookup = look_up(request, state, body, model, given, quality)
+    waiting = partial(while_client_waits, request)
     if lookup is None:
         indices = range(len(given))
-        answered, seconds = await _compute(state, body, model, given, quality, deadline, indices)
+        answered, seconds = await _compute(
+            state, body, model, given, quality, deadline, indices, waiting
+        )
     else:
-        answered, seconds = await _complete(state, body, model, lookup, deadline)
+        answered, seconds = await _complete(state, body, model, lookup, deadline, waiting)
     answers, lengths, truncated = answered.answers, answered.lengths, answered.truncated
     computed = time.monotonic()
     if answers.errors:
@@ -184,12 +186,12 @@ async def _respond(
         served = AnsweredRequest(model.checkpoint, answers, computed_all)
         compute = partial(_compute_again, state, body, given, answers.quality)
         state.shadows.begin(candidate, served, compute)
-    response.headers["X-Quality"] = str(answers.quality)
+    headers = response.headers
+    headers.append("X-Quality", str(answers.quality))
     if lookup is not None:
-        response.headers["X-Cache"] = lookup.outcome
-    response.headers["Server-Timing"] = ", ".join(
-        f"{name};dur={seconds * 1000:.3f}" for name, seconds in stages.items()
-    )
+        headers.append("X-Cache", lookup.outcome)
+    timing = [f"{name};dur={seconds * 1000:.3f}" for name, seconds in stages.items()]
+    headers.append("Server-Timing", ", ".join(timing))
     return response
 
 
@@ -220,7 +222,12 @@ async def _compute_again(
 
 
 async def _complete(
-    state: State, body: ClassifyRequest, model: ServedModel, lookup: Lookup, deadline: float
+    state: State,
+    body: ClassifyRequest,
+    model: ServedModel,
+    lookup: Lookup,
+    deadline: float,
+    waiting: Waiting,
 ) -> tuple[AnsweredTexts, float]:
     """Compute the texts that are not cached, and return the answers to all; see `_compute`."""
     if not body.truncate:
@@ -228,7 +235,9 @@ async def _complete(
     if not lookup.misses:
         return lookup.complete(None), 0.0
     missing, level = lookup.missing, lookup.options.quality
-    computed, seconds = await _compute(state, body, model, missing, level, deadline, lookup.misses)
+    computed, seconds = await _compute(
+        state, body, model, missing, level, deadline, lookup.misses, waiting
+    )
     return lookup.complete(computed), seconds
 
 
@@ -240,6 +249,7 @@ async def _compute(
     quality: str | float,
     deadline: float,
     indices: Sequence[int],
+    waiting: Waiting,
 ) -> tuple[AnsweredTexts, float]:
     """Tokenize and answer texts; `indices` are their positions in the request.
 
@@ -249,20 +259,25 @@ async def _compute(
     if isinstance(given, Texts):
         texts, truncated = given, np.zeros(len(given), bool)
     else:
-        texts, truncated = await _tokenize(state, model, given, deadline, indices)
+        texts, truncated = await _tokenize(state, model, given, deadline, indices, waiting)
     if not body.truncate:
         _refuse_overlong(truncated, model, indices)
     seconds = time.monotonic() - started
-    answers = await _answer(state, body, model, texts, quality, deadline)
+    answers = await _answer(state, body, model, texts, quality, deadline, waiting)
     return AnsweredTexts(texts.window.lengths, truncated, answers), seconds
 
 
 async def _tokenize(
-    state: State, model: ServedModel, texts: list[Text], deadline: float, indices: Sequence[int]
+    state: State,
+    model: ServedModel,
+    texts: list[Text],
+    deadline: float,
+    indices: Sequence[int],
+    waiting: Waiting = nullcontext,
 ) -> tuple[Texts, Array]:
     """Return tokenized texts, and whether each has more tokens than the encoder reads, bool [B]."""
     with stage_span(state.tracer, "tokenize") as span:
-        tokenized = await state.tokenize(model, texts, deadline, indices)
+        tokenized = await state.tokenize(model, texts, deadline, indices, waiting)
         if span.is_recording():
             span.set_attribute("budgetformer.items", len(tokenized))
             span.set_attribute("budgetformer.tokens", sum(map(len, tokenized)))
@@ -277,6 +292,7 @@ async def _answer(
     texts: Texts,
     quality: str | float,
     deadline: float,
+    waiting: Waiting,
 ) -> Answers:
     """Return the answers to tokenized texts, and convert errors of engines to those of the API."""
     submission = Submission(
@@ -292,7 +308,7 @@ async def _answer(
     )
     try:
         return await state.answering.answer(
-            submission, model, state.settings.floor_of(submission.model)
+            submission, model, state.settings.floor_of(submission.model), waiting
         )
     except DeadlineError:
         raise too_late() from None

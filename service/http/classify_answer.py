@@ -68,12 +68,14 @@ def classify_response(request: Request, answered: Answered) -> Response:
         strict=True,
     )
     data: list[_Item | _Failed] = []
+    heads_used = 0
     for index, (
         tokens, truncated, ranked, shown, used, step, predicted, steps, macs, dense,
     ) in enumerate(columns):  # fmt: skip
         if failure := answered.failure(index):
             data.append(_Failed(index, failure.body()))
             continue
+        heads_used += used
         heads = _Heads(
             used,
             total,
@@ -100,7 +102,7 @@ def classify_response(request: Request, answered: Answered) -> Response:
             "usage": {
                 "prompt_tokens": answered.tokens,
                 "total_tokens": answered.tokens,
-                "heads_used": int(answers.heads.sum(where=~answers.failed)),
+                "heads_used": heads_used,
                 "heads_total": total * (len(data) - len(answers.errors)),
             },
         }

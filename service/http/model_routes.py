@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
@@ -177,8 +178,8 @@ async def tokenize(request: Request) -> Response:
         model.in_use(),
         state.admission.texts(request.state.caller, name, len(texts), size, seconds),
     ):
-        async with while_client_waits(request):
-            tokenized = await state.tokenize(model, texts, deadline)
+        waiting = partial(while_client_waits, request)
+        tokenized = await state.tokenize(model, texts, deadline, waiting=waiting)
     data = [
         {
             "index": index,

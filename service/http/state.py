@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -23,7 +24,7 @@ from service.ipc.hub_client import HubError, HubLink
 from service.job_store import JobStore
 from service.keys import KeyRing
 from service.pipeline.answer_cache import AnswerCache
-from service.pipeline.answering import Answering
+from service.pipeline.answering import Answering, Waiting
 from service.pipeline.served_models import Models, ServedModel, UnknownModelError
 from service.pipeline.shadow import Shadows
 from service.settings import Settings
@@ -89,6 +90,7 @@ class State:
         texts: list[Text],
         deadline: float,
         indices: Sequence[int] | None = None,
+        waiting: Waiting = nullcontext,
     ) -> list[Tokens]:
         """Tokenize texts and pairs, in threads unless they are short.
 
@@ -100,6 +102,7 @@ class State:
             texts: texts of one request.
             deadline: deadline on the monotonic clock.
             indices: positions of the texts in the request, for errors; None: 0, 1, 2, ...
+            waiting: context in which this waits for the threads.
 
         Raises:
             ApiError: 504, the deadline passed; 500, the tokenizer fails at a text, which is named.
@@ -110,7 +113,7 @@ class State:
             loop = asyncio.get_running_loop()
             steps = model.encoder.steps(texts)
             tokenized: list[Tokens] = []
-            async with asyncio.timeout(deadline - time.monotonic()):
+            async with waiting(), asyncio.timeout(deadline - time.monotonic()):
                 while len(tokenized) < len(texts):
                     tokenized += await loop.run_in_executor(self.tokenizing, next, steps)
             return tokenized

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 from opentelemetry.trace import Tracer
 
@@ -19,6 +21,9 @@ from service.pipeline.served_models import ServedModel
 from service.scheduling.brownout import kept_above
 from service.telemetry.counts import Counts
 from service.telemetry.stages import stage_span
+
+Waiting: TypeAlias = Callable[[], AbstractAsyncContextManager[None]]
+"""A context for the time in which a request waits for another thread or process."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,11 @@ class Answering:
     _deciding: DecisionBatcher = field(default_factory=DecisionBatcher)
 
     async def answer(
-        self, submission: Submission, model: ServedModel, floor: QualityName
+        self,
+        submission: Submission,
+        model: ServedModel,
+        floor: QualityName,
+        waiting: Waiting = nullcontext,
     ) -> Answers:
         """Return the answers to the texts of a submission.
 
@@ -46,18 +55,21 @@ class Answering:
             submission: texts and options.
             model: model that answers.
             floor: lowest level that overload may give to a submission of quality `auto`.
+            waiting: context in which this waits for an engine.
 
         Raises:
             EngineDownError, NotLoadedError, RefusedError, DeadlineError, EngineFailedError: see
                 `Engines.classify`.
         """
         if model.decider is None or submission.target is not None:
-            return await self.engines.classify(submission)
+            async with waiting():
+                return await self.engines.classify(submission)
         decided = await self._decide(submission, model.checkpoint, model.decider, floor)
         unanswered, engine_answers = decided.unanswered, None
         if unanswered:
             whole = replace(submission, quality=decided.quality, decided=decided.decided)
-            engine_answers = await self.engines.classify(whole.part(unanswered))
+            async with waiting():
+                engine_answers = await self.engines.classify(whole.part(unanswered))
         return decided.answer(submission.return_heads, engine_answers)
 
     async def _decide(

@@ -97,8 +97,7 @@ class DecidedTexts:
     @property
     def unanswered(self) -> list[int]:
         """The indices of the texts that step 0 does not answer."""
-        indices: list[int] = np.flatnonzero(self.decided.steps).tolist()
-        return indices
+        return [index for index, step in enumerate(self.decided.steps.tolist()) if step]
 
     def answer(self, return_heads: bool, engine: Answers | None) -> Answers:
         """Merge the answers of step 0 and those of an engine, in the order of the texts.
