@@ -21,6 +21,7 @@ from budgetformer.checkpoint.loading import load_network
 from budgetformer.checkpoint.manifest import Manifest
 from budgetformer.checkpoint.store import Checkpoint
 from budgetformer.cost.macs import encoder_macs, layer_macs
+from budgetformer.cost.processor import processor_name
 from budgetformer.errors import DataError
 from budgetformer.experiments.baselines import Baseline
 from budgetformer.experiments.routing import Routing, compare_lengths, compare_routing
@@ -144,10 +145,29 @@ class Curve:
 
 @dataclass(frozen=True)
 class Report:
-    """All figures of one checkpoint on one set of texts."""
+    """All figures of one checkpoint on one set of texts.
+
+    Attributes:
+        model: `name:version` of the checkpoint.
+        rows: number of texts.
+        processor, threads, precision: processor, torch threads and precision of the measurement.
+        measure: what the levels were calibrated for.
+        chain: ladder steps of the levels; empty: the checkpoint has no chain.
+        ways: every level, fixed step and baseline.
+        stated: what the calibration states about each level.
+        routing, lengths: gain from f_o's choice of steps, and from more steps.
+        comparisons: levels beside baselines at equal mean cost.
+        difficulty: costs of texts that the dense network classifies wrong, and right.
+        curves: accuracy against cost of each family of rules.
+        heads_by_confidence, heads_by_class: mean heads of each level, by decile of the dense
+            network's confidence, and by label.
+    """
 
     model: str
     rows: int
+    processor: str
+    threads: int
+    precision: str
     measure: Measure
     chain: list[int]
     ways: list[MethodResult]
@@ -262,6 +282,9 @@ class _Bench:
         return Report(
             model=checkpoint.label,
             rows=len(self.examples),
+            processor=processor_name(),
+            threads=torch.get_num_threads(),
+            precision=self.network.precision,
             measure=manifest.measure,
             chain=list(manifest.policy.chain if manifest.policy else ()),
             routing=compare_routing(self.table, self.labels),

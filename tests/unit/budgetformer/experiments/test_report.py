@@ -12,6 +12,7 @@ import torch
 
 from budgetformer.checkpoint.store import read_checkpoint
 from budgetformer.cost.macs import dense_macs, encoder_macs
+from budgetformer.cost.processor import processor_name
 from budgetformer.errors import DataError
 from budgetformer.experiments.baselines import Baseline, keep_layers
 from budgetformer.experiments.report import (
@@ -58,6 +59,13 @@ class TestReport:
             assert way.mean_heads == pytest.approx(row.mean_heads)
             if row.quality in ways:  # a report includes f_o in the full budget, evaluate does not
                 assert way.macs_share == pytest.approx(row.macs_share, rel=1e-6)
+
+    def test_names_processor_threads_and_precision(self, report: Report) -> None:
+        assert (report.processor, report.threads) == (processor_name(), torch.get_num_threads())
+        measured = (
+            f"in {report.precision}, on {report.threads} torch threads of {report.processor}."
+        )
+        assert measured in " ".join(report_text(report).split())
 
     def test_shows_where_texts_end_and_the_gain_of_f_o(self, report: Report) -> None:
         ways = {way.name: way for way in report.ways}
