@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -131,30 +132,43 @@ async def respond(
     size = travelled(request.scope["headers"])
     name, caller = model.checkpoint.name, request.state.caller
     seconds = _seconds(state, body, name)
+    call = _Call(request, state, body, model, started + seconds)
     with model.in_use(), state.admission.texts(caller, name, len(texts), size, seconds):
-        return await _respond(request, state, body, texts, model, started + seconds, write)
+        return await _respond(call, texts, write)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """An admitted request.
+
+    Attributes:
+        request, state, body: request, state of the frontend, and validated body.
+        model: model that answers.
+        deadline: deadline on the monotonic clock.
+    """
+
+    request: Request
+    state: State
+    body: ClassifyRequest
+    model: ServedModel
+    deadline: float
+
+    def waiting(self) -> AbstractAsyncContextManager[None]:
+        """Return a context that is cancelled when the client disconnects."""
+        return while_client_waits(self.request)
 
 
 async def _respond(
-    request: Request,
-    state: State,
-    body: ClassifyRequest,
-    given: list[Text] | Texts,
-    model: ServedModel,
-    deadline: float,
-    write: Callable[[Answered], Response],
+    call: _Call, given: list[Text] | Texts, write: Callable[[Answered], Response]
 ) -> Response:
     started = time.monotonic()
+    request, state, body, model = call.request, call.state, call.body, call.model
     quality = _quality(state, body, model)
     lookup = look_up(request, state, body, model, given, quality)
-    waiting = partial(while_client_waits, request)
     if lookup is None:
-        indices = range(len(given))
-        answered, seconds = await _compute(
-            state, body, model, given, quality, deadline, indices, waiting
-        )
+        answered, seconds = await _compute(call, given, quality, range(len(given)))
     else:
-        answered, seconds = await _complete(state, body, model, lookup, deadline, waiting)
+        answered, seconds = await _complete(call, lookup)
     answers, lengths, truncated = answered.answers, answered.lengths, answered.truncated
     computed = time.monotonic()
     if answers.errors:
@@ -221,35 +235,19 @@ async def _compute_again(
         raise SkippedError from error
 
 
-async def _complete(
-    state: State,
-    body: ClassifyRequest,
-    model: ServedModel,
-    lookup: Lookup,
-    deadline: float,
-    waiting: Waiting,
-) -> tuple[AnsweredTexts, float]:
+async def _complete(call: _Call, lookup: Lookup) -> tuple[AnsweredTexts, float]:
     """Compute the texts that are not cached, and return the answers to all; see `_compute`."""
-    if not body.truncate:
-        _refuse_overlong(lookup.truncated, model, range(len(lookup.truncated)))
+    if not call.body.truncate:
+        _refuse_overlong(lookup.truncated, call.model, range(len(lookup.truncated)))
     if not lookup.misses:
         return lookup.complete(None), 0.0
-    missing, level = lookup.missing, lookup.options.quality
-    computed, seconds = await _compute(
-        state, body, model, missing, level, deadline, lookup.misses, waiting
-    )
+    level = lookup.options.quality
+    computed, seconds = await _compute(call, lookup.missing, level, lookup.misses)
     return lookup.complete(computed), seconds
 
 
 async def _compute(
-    state: State,
-    body: ClassifyRequest,
-    model: ServedModel,
-    given: list[Text] | Texts,
-    quality: str | float,
-    deadline: float,
-    indices: Sequence[int],
-    waiting: Waiting,
+    call: _Call, given: list[Text] | Texts, quality: str | float, indices: Sequence[int]
 ) -> tuple[AnsweredTexts, float]:
     """Tokenize and answer texts; `indices` are their positions in the request.
 
@@ -259,11 +257,13 @@ async def _compute(
     if isinstance(given, Texts):
         texts, truncated = given, np.zeros(len(given), bool)
     else:
-        texts, truncated = await _tokenize(state, model, given, deadline, indices, waiting)
-    if not body.truncate:
-        _refuse_overlong(truncated, model, indices)
+        texts, truncated = await _tokenize(
+            call.state, call.model, given, call.deadline, indices, call.waiting
+        )
+    if not call.body.truncate:
+        _refuse_overlong(truncated, call.model, indices)
     seconds = time.monotonic() - started
-    answers = await _answer(state, body, model, texts, quality, deadline, waiting)
+    answers = await _answer(call, texts, quality)
     return AnsweredTexts(texts.window.lengths, truncated, answers), seconds
 
 
@@ -285,22 +285,15 @@ async def _tokenize(
     return Texts.of(tokenized), truncated
 
 
-async def _answer(
-    state: State,
-    body: ClassifyRequest,
-    model: ServedModel,
-    texts: Texts,
-    quality: str | float,
-    deadline: float,
-    waiting: Waiting,
-) -> Answers:
+async def _answer(call: _Call, texts: Texts, quality: str | float) -> Answers:
     """Return the answers to tokenized texts, and convert errors of engines to those of the API."""
+    state, body, model = call.state, call.body, call.model
     submission = Submission(
         model=model.checkpoint.name,
         version=model.checkpoint.version,
         texts=texts,
         quality=quality,
-        deadline=deadline,
+        deadline=call.deadline,
         heads=body.heads,
         max_heads=body.max_heads,
         return_heads=body.return_heads,
@@ -308,7 +301,7 @@ async def _answer(
     )
     try:
         return await state.answering.answer(
-            submission, model, state.settings.floor_of(submission.model), waiting
+            submission, model, state.settings.floor_of(submission.model), call.waiting
         )
     except DeadlineError:
         raise too_late() from None
