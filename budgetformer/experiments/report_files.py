@@ -95,8 +95,8 @@ def report_text(report: Report) -> str:
         classes = classes[: MAX_BARS // 2] + classes[-MAX_BARS // 2 :]
     processor = "\n".join(
         textwrap.wrap(
-            f"Levels and steps are measured in {report.precision}, on {report.threads} torch "
-            f"threads of {report.processor}. Another precision changes a few answers.",
+            f"Levels and steps are measured in {report.precision} on {report.processor} (torch "
+            f"threads: {report.threads}). Another precision changes a few answers.",
             100,
         )
     )

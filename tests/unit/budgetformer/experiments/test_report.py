@@ -62,10 +62,8 @@ class TestReport:
 
     def test_names_processor_threads_and_precision(self, report: Report) -> None:
         assert (report.processor, report.threads) == (processor_name(), torch.get_num_threads())
-        measured = (
-            f"in {report.precision}, on {report.threads} torch threads of {report.processor}."
-        )
-        assert measured in " ".join(report_text(report).split())
+        place = f"{report.processor} (torch threads: {report.threads})"
+        assert f"in {report.precision} on {place}." in " ".join(report_text(report).split())
 
     def test_shows_where_texts_end_and_the_gain_of_f_o(self, report: Report) -> None:
         ways = {way.name: way for way in report.ways}
