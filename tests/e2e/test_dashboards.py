@@ -154,7 +154,8 @@ def test_event_queries_use_existing_series(seen: Seen, query: Query) -> None:
 
 def test_a_model_load_is_an_event(seen: Seen) -> None:
     (loads,) = {event.filled(**WINDOW) for event in EVENTS if event.panel == "Model loads"}
-    assert seen.prometheus.values(f"count(count by (model) ({loads}))") == [5]
+    ever = f"max_over_time(({loads})[10m:1s])"  # the event itself lasts for one minute
+    assert seen.prometheus.values(f"count(count by (model) ({ever}))") == [5]
 
 
 def test_shares_are_between_0_and_1(seen: Seen) -> None:
