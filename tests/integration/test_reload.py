@@ -152,7 +152,7 @@ async def test_new_keys_apply_to_every_frontend(running: Changeable) -> None:
 async def test_unreachable_processes_are_reported_and_change_later(
     running: Changeable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub_module, "SETTINGS_PATIENCE", 0.5)
+    monkeypatch.setattr(hub_module, "SETTINGS_PATIENCE", 3.0)
     stalled = FrontendPeer(lambda _: True)
     stalled.pid = 12345
     running.service.hub.frontends.add(stalled)
