@@ -205,17 +205,15 @@ def _frontier(axes: Axes, report: Report) -> None:
     for curve in report.curves:
         mark = marks.get(curve.name, ".:")
         axes.plot([100 * c for c in curve.cost], curve.accuracy, mark, label=curve.name)
+    levels: dict[tuple[float, float], list[str]] = {}
     for way in report.ways:
         if way.name == "dense":
             axes.plot(100, way.accuracy, "k*", markersize=11, label="dense")
         elif way.name in report.heads_by_confidence:
-            axes.annotate(
-                way.name,
-                (100 * way.macs_share, way.accuracy),
-                xytext=(0, 9),
-                textcoords="offset points",
-                ha="center",
-            )
+            levels.setdefault((100 * way.macs_share, way.accuracy), []).append(way.name)
+    for point, names in levels.items():
+        label = ", ".join(names)
+        axes.annotate(label, point, xytext=(0, 9), textcoords="offset points", ha="center")
     best = max(way.accuracy for way in report.ways if way.name != "oracle")
     lowest = min(accuracy for curve in report.curves for accuracy in curve.accuracy)
     axes.set_ylim(max(lowest, best - 0.06) - 0.002, best + 0.006)
