@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import textwrap
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -93,16 +92,10 @@ def report_text(report: Report) -> str:
     classes = sorted(report.heads_by_class.get("balanced", {}).items(), key=lambda x: -x[1])
     if len(classes) > MAX_BARS:
         classes = classes[: MAX_BARS // 2] + classes[-MAX_BARS // 2 :]
-    processor = "\n".join(
-        textwrap.wrap(
-            f"Levels and steps are measured in {report.precision} on {report.processor} (torch "
-            f"threads: {report.threads}). Another precision changes a few answers.",
-            100,
-        )
-    )
     return f"""# {report.model} on {report.rows} test texts
 
-{processor}
+Levels and steps are measured in {report.precision} on {report.processor}
+(torch threads: {report.threads}). Another precision changes a few answers.
 
 Multiply-adds are shares of the dense network's, and include decisions and all escalations. "dense"
 is the starting encoder, fine-tuned without budgets for the same number of epochs; its time is that

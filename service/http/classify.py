@@ -132,13 +132,13 @@ async def respond(
     size = travelled(request.scope["headers"])
     name, caller = model.checkpoint.name, request.state.caller
     seconds = _seconds(state, body, name)
-    call = _Call(request, state, body, model, started + seconds)
     with model.in_use(), state.admission.texts(caller, name, len(texts), size, seconds):
-        return await _respond(call, texts, write)
+        admitted = _Admitted(request, state, body, model, started + seconds)
+        return await _respond(admitted, texts, write)
 
 
 @dataclass(frozen=True)
-class _Call:
+class _Admitted:
     """An admitted request.
 
     Attributes:
@@ -154,21 +154,21 @@ class _Call:
     deadline: float
 
     def waiting(self) -> AbstractAsyncContextManager[None]:
-        """Return a context that is cancelled when the client disconnects."""
+        """Return a context for waiting, which is cancelled when the client disconnects."""
         return while_client_waits(self.request)
 
 
 async def _respond(
-    call: _Call, given: list[Text] | Texts, write: Callable[[Answered], Response]
+    admitted: _Admitted, given: list[Text] | Texts, write: Callable[[Answered], Response]
 ) -> Response:
     started = time.monotonic()
-    request, state, body, model = call.request, call.state, call.body, call.model
+    request, state, body, model = admitted.request, admitted.state, admitted.body, admitted.model
     quality = _quality(state, body, model)
     lookup = look_up(request, state, body, model, given, quality)
     if lookup is None:
-        answered, seconds = await _compute(call, given, quality, range(len(given)))
+        answered, seconds = await _compute(admitted, given, quality, range(len(given)))
     else:
-        answered, seconds = await _complete(call, lookup)
+        answered, seconds = await _complete(admitted, lookup)
     answers, lengths, truncated = answered.answers, answered.lengths, answered.truncated
     computed = time.monotonic()
     if answers.errors:
@@ -235,19 +235,19 @@ async def _compute_again(
         raise SkippedError from error
 
 
-async def _complete(call: _Call, lookup: Lookup) -> tuple[AnsweredTexts, float]:
+async def _complete(admitted: _Admitted, lookup: Lookup) -> tuple[AnsweredTexts, float]:
     """Compute the texts that are not cached, and return the answers to all; see `_compute`."""
-    if not call.body.truncate:
-        _refuse_overlong(lookup.truncated, call.model, range(len(lookup.truncated)))
+    if not admitted.body.truncate:
+        _refuse_overlong(lookup.truncated, admitted.model, range(len(lookup.truncated)))
     if not lookup.misses:
         return lookup.complete(None), 0.0
     level = lookup.options.quality
-    computed, seconds = await _compute(call, lookup.missing, level, lookup.misses)
+    computed, seconds = await _compute(admitted, lookup.missing, level, lookup.misses)
     return lookup.complete(computed), seconds
 
 
 async def _compute(
-    call: _Call, given: list[Text] | Texts, quality: str | float, indices: Sequence[int]
+    admitted: _Admitted, given: list[Text] | Texts, quality: str | float, indices: Sequence[int]
 ) -> tuple[AnsweredTexts, float]:
     """Tokenize and answer texts; `indices` are their positions in the request.
 
@@ -258,12 +258,12 @@ async def _compute(
         texts, truncated = given, np.zeros(len(given), bool)
     else:
         texts, truncated = await _tokenize(
-            call.state, call.model, given, call.deadline, indices, call.waiting
+            admitted.state, admitted.model, given, admitted.deadline, indices, admitted.waiting
         )
-    if not call.body.truncate:
-        _refuse_overlong(truncated, call.model, indices)
+    if not admitted.body.truncate:
+        _refuse_overlong(truncated, admitted.model, indices)
     seconds = time.monotonic() - started
-    answers = await _answer(call, texts, quality)
+    answers = await _answer(admitted, texts, quality)
     return AnsweredTexts(texts.window.lengths, truncated, answers), seconds
 
 
@@ -285,15 +285,15 @@ async def _tokenize(
     return Texts.of(tokenized), truncated
 
 
-async def _answer(call: _Call, texts: Texts, quality: str | float) -> Answers:
+async def _answer(admitted: _Admitted, texts: Texts, quality: str | float) -> Answers:
     """Return the answers to tokenized texts, and convert errors of engines to those of the API."""
-    state, body, model = call.state, call.body, call.model
+    state, body, model = admitted.state, admitted.body, admitted.model
     submission = Submission(
         model=model.checkpoint.name,
         version=model.checkpoint.version,
         texts=texts,
         quality=quality,
-        deadline=call.deadline,
+        deadline=admitted.deadline,
         heads=body.heads,
         max_heads=body.max_heads,
         return_heads=body.return_heads,
@@ -301,7 +301,7 @@ async def _answer(call: _Call, texts: Texts, quality: str | float) -> Answers:
     )
     try:
         return await state.answering.answer(
-            submission, model, state.settings.floor_of(submission.model), call.waiting
+            submission, model, state.settings.floor_of(submission.model), admitted.waiting
         )
     except DeadlineError:
         raise too_late() from None

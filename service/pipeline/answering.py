@@ -23,7 +23,7 @@ from service.telemetry.counts import Counts
 from service.telemetry.stages import stage_span
 
 Waiting: TypeAlias = Callable[[], AbstractAsyncContextManager[None]]
-"""A context for the time in which a request waits for another thread or process."""
+"""Returns a context for the time in which a request waits for another thread or process."""
 
 
 @dataclass(frozen=True)
